@@ -247,15 +247,17 @@ FROM_PAGEMAP, FROM_SMAPS = ("frames", "unique", "size", "swap"), ("rss", "uss", 
 class Wanted(NamedTuple):
     """What is to be read of processes."""
 
-    frames: bool  # pagemap
-    usage: bool  # smaps
-    user: bool
+    columns: list[str]
 
+    @property
+    def frames(self) -> bool:
+        """Whether pagemap has to be read."""
+        return not {*FROM_PAGEMAP}.isdisjoint(self.columns)
 
-def wanted_for(columns: Iterable[str]) -> Wanted:
-    """What is to be read for these columns."""
-    names = set(columns)
-    return Wanted(bool(names & {*FROM_PAGEMAP}), bool(names & {*FROM_SMAPS}), "user" in names)
+    @property
+    def usage(self) -> bool:
+        """Whether smaps has to be read."""
+        return not {*FROM_SMAPS}.isdisjoint(self.columns)
 
 
 class Kernel(NamedTuple):
@@ -382,7 +384,7 @@ class Reading:
         if stat.started > node.found * os.sysconf("SC_CLK_TCK"):
             raise ProcessLookupError  # its PID was used anew
         self.command = command_line(node.process)
-        self.user = node.process.username() if wanted.user else ""
+        self.user = node.process.username() if "user" in wanted.columns else ""
         if stat.state in b"ZX" and stat.threads > 1:
             self._open(self._live_thread(directory))  # the first has ended, others run on
         elif stat.state not in b"ZX" and not stat.kernel_thread:
@@ -742,15 +744,26 @@ class Census:
         return kinds, claimed
 
     def _shared(self, chunk: Chunk, kinds: bytes) -> None:
+        piece = chunk.piece
+        self._frames(chunk, kinds, self._zero_huge, self._device if piece.file else self._zero)
+        if IN_SWAP in kinds:
+            lanes = kinds.translate(LANES_OF[IN_SWAP])
+            self.slots.add(chunk, lanes, (None, chunk.start), no_swap)
+
+    def _frames(self, chunk: Chunk, kinds: bytes, of_file: Unreal, shared: Unreal) -> None:
         piece, start = chunk.piece, chunk.start
         if OF_FILE in kinds:
             place = piece.file, piece.offset + start - piece.start
-            self.frames.add(chunk, kinds.translate(LANES_OF[OF_FILE]), place, self._zero_huge)
+            self.frames.add(chunk, kinds.translate(LANES_OF[OF_FILE]), place, of_file)
         if SHARED in kinds:
-            unreal = self._device if piece.file else self._zero
-            self.frames.add(chunk, kinds.translate(LANES_OF[SHARED]), (None, start), unreal)
-        if IN_SWAP in kinds:
-            self.slots.add(chunk, kinds.translate(LANES_OF[IN_SWAP]), (None, start), no_swap)
+            self.frames.add(chunk, kinds.translate(LANES_OF[SHARED]), (None, start), shared)
+
+    def visit(self, chunks: Iterable[Chunk]) -> None:
+        """Note a process's mappings of frames of the set, and nothing else of it."""
+        for chunk in chunks:
+            kinds = chunk.words[FLAGS_BYTE::ENTRY_SIZE].translate(KINDS)
+            self._frames(chunk, kinds, set, set)  # what is not known yet is no memory
+        self.frames.commit()
 
     def _zero_huge(self, numbers: list[int]) -> set[int]:
         # The huge zero page passes for a file's.  It comes whole, its first page first.
@@ -847,14 +860,21 @@ def no_swap(numbers: list[int]) -> set[int]:
 # ---- The set of processes -----------------------------------------------------
 
 
+def own_pid() -> int:
+    """In the PID namespace of this /proc, which need not be ours."""
+    try:
+        return int(os.readlink(proc("self")))
+    except OSError:
+        raise Error(f"no {proc('self')}: it belongs to another PID namespace") from None
+
+
 def process_tree(roots: list[int]) -> list[Node]:
     """The processes with these PIDs and their descendants, depth first, siblings by PID.
 
     From one pass over all processes: psutil's children(recursive=True) loses those
     whose parent exits between its two.  Error if a root is not there.
     """
-    own = int(os.readlink(proc("self")))
-    processes = {p.pid: p for p in psutil.process_iter(["ppid"]) if p.pid != own}
+    processes = {p.pid: p for p in psutil.process_iter(["ppid"]) if p.pid != own_pid()}
     found = time.clock_gettime(time.CLOCK_BOOTTIME)
     children = defaultdict(list)
     for pid in sorted(processes):
@@ -955,8 +975,12 @@ def measure(
                 raise Error(f"process {pid} exited while it was being read")
             else:
                 exited += 1
-    uss = census.unshared(readers) if wanted.frames and wanted.usage else None
-    return Report(rows, total_of(rows, wanted, slots, uss), skipped, exited)
+    alone = None
+    if "uss" in wanted.columns and wanted.frames:
+        itself = Node(psutil.Process(own_pid()), 0, 0, float("inf"))
+        census.visit(chunks(Reading(itself, kernel, wanted, readers)))  # is not outside the set
+        alone = census.unshared(readers)
+    return Report(rows, total_of(rows, wanted, slots, alone), skipped, exited)
 
 
 def row_of(node: Node, reading: Reading, count: Count, kib: Counter[bytes]) -> Row:
@@ -1186,7 +1210,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]:
     """The report and its text."""
     columns = arguments.output or (DEFAULT_JSON if arguments.json else DEFAULT)
-    wanted = wanted_for(columns)
+    wanted = Wanted(columns)
     pids = " ".join(map(str, arguments.pids))
     kernel = (
         ask_kernel(pids)
