@@ -1,0 +1,233 @@
+"""The parts that read no file: literal input, literal output, and properties."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+
+import memuse
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+PAGE = memuse.PAGE_SIZE
+
+SMAPS = b"""\
+55d0c0a00000-55d0c0a03000 r--p 00001000 fe:00 1234                       /usr/bin/a b\\012 (deleted)
+Size:                 12 kB
+Rss:                  11 kB
+Pss:                  10 kB
+Private_Clean:         9 kB
+Private_Dirty:         8 kB
+Private_Hugetlb:       7 kB
+Shared_Hugetlb:        6 kB
+Swap:                  5 kB
+THPeligible:           0
+VmFlags: rd mr mw me
+7f0000000000-7f0000001000 rw-p 00000000 00:00 0
+Rss:                   0 kB
+Swap:                  4 kB
+7f0000001000-7f0000002000 ---p 00000000 00:00 0
+Rss:                   0 kB
+Swap:                  0 kB
+7f0000003000-7f0000004000 rw-p 00000000 00:00 0                          [heap]
+Shared_Hugetlb:      100 kB
+7ffd00000000-7ffd00002000 r--p 00000000 00:00 0                          [vvar]
+Rss:                   0 kB
+Swap:                  0 kB
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+"""
+
+
+def lines(text: bytes) -> list[bytes]:
+    return text.splitlines(keepends=True)
+
+
+def test_vmas_of_smaps() -> None:
+    first, *_, vvar, vsyscall = memuse.parse_vmas(lines(SMAPS))
+    assert first[:4] == (0x55D0C0A00, 0x55D0C0A03, 1, b"fe:00 1234")
+    assert first.kib == {
+        b"Size": 12, b"Rss": 11, b"Pss": 10, b"Private_Clean": 9, b"Private_Dirty": 8,
+        b"Private_Hugetlb": 7, b"Shared_Hugetlb": 6, b"Swap": 5,
+    }  # fmt: skip
+    assert vvar.file == b"[vvar]"
+    assert vsyscall[:2] == (0xFFFFFFFFFF600, 0xFFFFFFFFFF601)
+
+
+def test_pieces_are_vmas_that_hold_something() -> None:
+    kib: Counter[bytes] = Counter()
+    pieces = memuse.pieces_of(memuse.parse_vmas(lines(SMAPS)), kib)
+    assert [piece[:4] for piece in pieces] == [
+        (0x55D0C0A00, 0x55D0C0A03, 1, b"fe:00 1234"),
+        (0x7F0000000, 0x7F0000004, 0, None),  # over the hole between
+    ]
+    assert (kib[b"Rss"], kib[b"Swap"], kib[b"Shared_Hugetlb"]) == (11, 9, 106)
+
+
+def test_maps_tell_nothing_of_what_is_in_a_vma() -> None:
+    maps = [line for line in lines(SMAPS) if re.match(b"[0-9a-f]+-", line)]
+    pieces = memuse.pieces_of(memuse.parse_vmas(maps), Counter())
+    assert [piece.file for piece in pieces] == [b"fe:00 1234", None, b"[vvar]"]
+
+
+@pytest.mark.parametrize("line", [b"Rss: 1 kB\n", b"\n", b"nonsense\n", b"1-x r--p 0 0:0 0\n"])
+def test_other_lines_are_errors(line: bytes) -> None:
+    with pytest.raises(memuse.Error, match="list of mappings"):
+        list(memuse.parse_vmas([line]))
+
+
+def test_stat_of_a_process_with_an_evil_name() -> None:
+    numbers = " ".join(str(number) for number in range(4, 53))
+    stat = memuse.parse_stat(f"17 (a) Z 1 (\n) R {numbers}".encode())
+    assert stat[:5] == (b"R", 4, False, 20, 22)
+    assert stat.image == [b"26", b"27", b"28", *(str(n).encode() for n in range(45, 52))]
+    assert memuse.parse_stat(b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 50).kernel_thread
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (0b0000_0000, memuse.NOTHING),
+        (0b1000_0001, memuse.PRIVATE),
+        (0b1000_0011, memuse.PRIVATE),  # write-protected by userfaultfd
+        (0b1000_0000, memuse.SHARED),
+        (0b1010_0000, memuse.OF_FILE),
+        (0b1010_0001, memuse.OF_FILE),
+        (0b0100_0000, memuse.IN_SWAP),
+        (0b0110_0000, memuse.IN_SWAP),
+        (0b0100_0100, memuse.NOTHING),  # a guard region
+    ],
+)
+def test_kinds_of_entries(flags: int, kind: int) -> None:
+    assert memuse.KINDS[flags] == kind
+
+
+def test_numbers_of_entries_are_without_flags() -> None:
+    entries = [(1 << 63 | 1 << 61 | 1 << 55 | 0x12345_6789A), (1 << 62 | 3 | 77 << 5)]
+    words = b"".join(entry.to_bytes(8, "little") for entry in entries)
+    assert memuse.number_of(words) == 0x12345_6789A & memuse.NUMBER_MASK
+    assert memuse.number_of(words, 1) == 3 + 77 * 32
+
+
+def test_swap_types_that_are_no_swap() -> None:
+    slots = [22 | 5 << 5, 23 | 5 << 5, 31 | 7 << 5]
+    assert memuse.no_swap(slots) == {23 | 5 << 5, 31 | 7 << 5}
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0"), (512, "512"), (1023, "1023"), (1024, "1.0K"), (4096, "4.0K"),
+        (7104 << 10, "6.9M"), (69 << 20, "69M"), (10234 << 10, "10M"), (1023 << 10, "1023K"),
+        ((1 << 20) - 1, "1.0M"), (int(9.96 * 2**30), "10G"), (3 << 40, "3.0T"),
+        (5 << 60, "5.0E"), (5000 << 60, "5000E"),
+    ],
+)  # fmt: skip
+def test_human_sizes(size: int, text: str) -> None:
+    assert memuse.human(size) == text
+
+
+@given(st.integers(0, 1 << 62))
+def test_human_sizes_are_near_and_short(size: int) -> None:
+    text = memuse.human(size)
+    factor = 1024 ** " KMGTPE".index(text[-1]) if text[-1].isalpha() else 1
+    assert abs(float(text.rstrip("KMGTPE")) * factor - size) <= max(0.051 * size, 0.5)
+    assert len(text) <= 5
+
+
+def test_tree_lines() -> None:
+    depths = [0, 1, 2, 2, 1, 2, 0, 1]
+    assert memuse.tree_lines(depths, ascii_only=False) == [
+        "", " ├─ ", " │  ├─ ", " │  └─ ", " └─ ", "    └─ ", "", " └─ ",
+    ]  # fmt: skip
+    assert memuse.tree_lines(depths, ascii_only=True)[2:5] == [" |  |- ", " |  `- ", " `- "]
+
+
+@given(st.text())
+def test_visible_text_is_printable_and_one_line(text: str) -> None:
+    shown = memuse.visible(text)
+    assert shown.isprintable()
+    assert len(shown.splitlines()) <= 1
+    if text.isprintable():
+        assert shown == text
+    json.dumps(shown).encode()
+
+
+def test_visible_shows_what_was_there() -> None:
+    hostile = "a\x1b[2J\n\x9b\u202e\u200b\u2028\udcff\U000e0001\u00e9"
+    shown = "a\\x1b[2J\\n\\x9b\\u202e\\u200b\\u2028\\xff\\U000e0001\u00e9"
+    assert memuse.visible(hostile) == shown
+
+
+@given(st.text(st.characters(exclude_categories=["C"])), st.integers(1, 30))
+def test_cut_lines_fit(text: str, width: int) -> None:
+    part = memuse.cut(text, width)
+    assert text.startswith(part)
+    wide = sum(
+        (unicodedata.east_asian_width(c) in "WF") + 1 for c in part if not unicodedata.combining(c)
+    )
+    assert wide <= width
+
+
+REPORT = memuse.Report(
+    rows=[
+        {
+            "pid": 15897, "ppid": 1, "depth": 0, "user": "root", "frames": 1776, "unique": 1776,
+            "size": 7274496, "rss": 7000064, "uss": 1671168, "pss": 3083264, "swap": 0,
+            "command": "/usr/bin/zsh",
+        },
+        {
+            "pid": 9783, "ppid": 15897, "depth": 1, "user": "joe", "frames": 608, "unique": 408,
+            "size": 2490368, "rss": 2097152, "uss": 966656, "pss": 1333248, "swap": 4096,
+            "command": "sudo make",
+        },
+    ],
+    total={
+        "frames": 2184, "unique": 2184, "size": 8945664, "rss": 9097216, "uss": None,
+        "pss": 4416512, "swap": 4096, "command": "2 processes",
+    },
+    skipped={77: "Permission denied"},
+    exited=0,
+)  # fmt: skip
+
+
+def test_table() -> None:
+    table = memuse.table(REPORT, memuse.IN_TABLE.split(","), memuse.kibibytes, ascii_only=False)
+    assert table == [
+        "    PID   FRAMES  +UNIQUE     SIZE      USS      PSS     SWAP  COMMAND",
+        "  15897     1776    +1776     7104     1632     3011        0  /usr/bin/zsh",
+        "   9783      608     +408     2432      944     1302        4   └─ sudo make",
+        "  TOTAL     2184    +2184     8736        -     4313        4  2 processes",
+    ]
+
+
+def test_table_with_chosen_columns_and_sizes() -> None:
+    columns = ["user", "command", "rss", "pid"]
+    assert memuse.table(REPORT, columns, memuse.human, ascii_only=True) == [
+        "USER     COMMAND           RSS      PID",
+        "root     /usr/bin/zsh     6.7M    15897",
+        "joe       `- sudo make    2.0M     9783",
+        "-        2 processes      8.7M    TOTAL",
+    ]
+
+
+def test_columns_widen_for_big_numbers() -> None:
+    table = memuse.table(REPORT, ["pid", "size"], lambda size: str(size * 10**6), ascii_only=True)
+    assert len({len(line) for line in table}) == 1
+    assert "7274496000000" in table[1]
+
+
+def test_json() -> None:
+    report = json.loads(memuse.as_json(REPORT, memuse.IN_JSON.split(",")))
+    assert list(report) == ["page_size", "processes", "total", "skipped"]
+    assert report["page_size"] == PAGE
+    assert list(report["processes"][0]) == memuse.IN_JSON.split(",")
+    assert report["total"] == {
+        "frames": 2184, "size": 8945664, "rss": 9097216, "uss": None, "pss": 4416512, "swap": 4096,
+    }  # fmt: skip
+    assert report["skipped"] == [{"pid": 77, "reason": "Permission denied"}]
+    some = json.loads(memuse.as_json(REPORT, ["pid", "user", "rss"]))
+    assert some["processes"][1] == {"pid": 9783, "user": "joe", "rss": 2097152}
+    assert some["total"] == {"rss": 9097216}
