@@ -122,7 +122,7 @@ def test_swap_types_that_are_no_swap() -> None:
         (0, "0"), (512, "512"), (1023, "1023"), (1024, "1.0K"), (4096, "4.0K"),
         (7104 << 10, "6.9M"), (69 << 20, "69M"), (10234 << 10, "10M"), (1023 << 10, "1023K"),
         ((1 << 20) - 1, "1.0M"), (int(9.96 * 2**30), "10G"), (3 << 40, "3.0T"),
-        (5 << 60, "5.0E"), (5000 << 60, "5000E"),
+        (5 << 60, "5.0E"),
     ],
 )  # fmt: skip
 def test_human_sizes(size: int, text: str) -> None:
@@ -206,10 +206,10 @@ def test_table() -> None:
 def test_table_with_chosen_columns_and_sizes() -> None:
     columns = ["user", "command", "rss", "pid"]
     assert memuse.table(REPORT, columns, memuse.human, ascii_only=True) == [
-        "USER     COMMAND           RSS      PID",
-        "root     /usr/bin/zsh     6.7M    15897",
-        "joe       `- sudo make    2.0M     9783",
-        "-        2 processes      8.7M    TOTAL",
+        "USER     COMMAND            RSS      PID",
+        "root     /usr/bin/zsh      6.7M    15897",
+        "joe       `- sudo make     2.0M     9783",
+        "-        2 processes       8.7M    TOTAL",
     ]
 
 
