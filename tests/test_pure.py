@@ -61,7 +61,7 @@ def test_pieces_are_vmas_that_hold_something() -> None:
     pieces = memuse.pieces_of(memuse.parse_vmas(lines(SMAPS)), kib)
     assert [piece[:4] for piece in pieces] == [
         (0x55D0C0A00, 0x55D0C0A03, 1, b"fe:00 1234"),
-        (0x7F0000000, 0x7F0000004, 0, None),  # over the hole between
+        (0x7F0000000, 0x7F0000004, 0x7F0000000, None),  # over the hole between
     ]
     assert (kib[b"Rss"], kib[b"Swap"], kib[b"Shared_Hugetlb"]) == (11, 9, 106)
 
