@@ -16,9 +16,15 @@ and Documentation/filesystems/proc.rst, "pagemap.rst" and "proc.rst" below.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until main() can do better: Ctrl-C during the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import array
 import contextlib
+import errno
 import functools
 import json
 import mmap
@@ -46,8 +52,8 @@ except ModuleNotFoundError as missing:
 
 TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from typing import Any, NoReturn, TypeVar
+    from collections.abc import Callable, Generator, Iterable, Iterator
+    from typing import Any, NoReturn, TextIO, TypeVar
 
     T = TypeVar("T")
     Row = dict[str, Any]  # by names of columns; sizes in bytes
@@ -188,14 +194,16 @@ def pieces_of(vmas: Iterable[Vma], kib: Counter[bytes]) -> list[Vma]:
 
 # Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `image` where
 # exec put code, stack, data and arguments.
-Stat = namedtuple("Stat", "state ppid kernel_thread threads started image")
+Stat = namedtuple("Stat", "state ppid kernel_thread threads started image name")
 
 
 def parse_stat(text: bytes) -> Stat:
-    fields = text[text.rindex(b")") + 2 :].split()  # from the third on: names hold anything
+    name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
+    fields = rest.split()  # from the third on
     kernel_thread = bool(int(fields[6]) & PF_KTHREAD)
+    numbers = int(fields[17]), int(fields[19])
     image = [*fields[23:26], *fields[42:49]]
-    return Stat(fields[0], int(fields[1]), kernel_thread, int(fields[17]), int(fields[19]), image)
+    return Stat(fields[0], int(fields[1]), kernel_thread, *numbers, image, name)
 
 
 # ---- Reading ------------------------------------------------------------------
@@ -268,6 +276,7 @@ class Kernel:
     def __init__(self, frames: bool, arguments: str) -> None:
         """Error if `frames` are to be seen and may not; it tells what to run instead."""
         self.scan = os.path.exists(proc("self/smaps_rollup"))
+        self.end = 0  # of the PFNs that there are
         if not frames:
             return
         name = sys.argv[0]
@@ -292,7 +301,7 @@ class Kernel:
         except OSError:
             self.scan = False
         os.close(own)
-        self.end, above = 0, 1 << 8 * NUMBER_BYTES  # of the PFNs that are
+        above = 1 << 8 * NUMBER_BYTES
         while self.end < above:
             middle = (self.end + above) // 2
             if read_words(self.count, middle, 1):
@@ -348,9 +357,12 @@ class Readers:
 
         def result() -> T:
             value, error = outcome.get()
-            if error:
-                raise error
-            return value  # type: ignore[no-any-return]
+            try:
+                if error:
+                    raise error
+                return value  # type: ignore[no-any-return]
+            finally:
+                del error  # whose traceback holds this frame, and open files
 
         self._calls.put(run)
         return result
@@ -395,18 +407,22 @@ class Reading:
         stat = read_stat("stat", directory)
         if stat.started != node.stat.started:
             raise ProcessLookupError  # its PID was used anew
-        process = psutil.Process(node.pid)
-        self.command = command_line(process)
-        self.user = process.username() if "user" in wanted else None
+        # Not psutil's: it reads all that a process may claim, and not by way of the directory.
+        with open(self._file("cmdline", directory), "rb", closefd=False) as file:
+            self.command = command_line(file.read(COMMAND_LIMIT + 1), stat.name)
+        self.user = psutil.Process(node.pid).username() if "user" in wanted else None
         if stat.state in b"ZX" and stat.threads > 1:
             self._open(self._live_thread(directory))  # the first has ended, others run on
         elif stat.state not in b"ZX" and not stat.kernel_thread:
             self._open(directory)
-        if read_stat("stat", directory)[4:] != stat[4:]:
+        if read_stat("stat", directory)[4:6] != stat[4:6]:
             raise ProcessLookupError
         self.usage = readers.submit(self._usage)
         self.batches = self._batches()
         self.first = self.read(next(self.batches, []))
+
+    def close(self) -> None:
+        self.batches.close()  # it and this would hold each other
 
     def __del__(self) -> None:  # once no thread reads any more
         for fd in self._files:
@@ -447,7 +463,7 @@ class Reading:
             pieces_of(self._vmas(self._rollup), self._kib)
         return self._kib
 
-    def _batches(self) -> Iterator[list[tuple[Vma, int, int]]]:
+    def _batches(self) -> Generator[list[tuple[Vma, int, int]]]:
         """Spans of pages (piece, first, end) that hold whatever is resident and little else.
 
         In portions of like cost.  They end at multiples of PMD_PAGES: no huge page is cut.
@@ -796,7 +812,7 @@ class Census:
         for huge in frames.claimed:
             page = slice(huge * PMD_PAGES, (huge + 1) * PMD_PAGES)
             marks[page] = marks[page].replace(bytes([NEW]), bytes([CLAIMED]))
-        mapcounts = array.array("H", bytes(2 * len(marks)))
+        mapcounts = memoryview(bytearray(2 * len(marks))).cast("H")  # not touched, no memory
         parts = range(0, len(marks), PART)
         reads = readers.ahead((functools.partial(self._mapcounts, at) for at in parts), 4)
         for first, run in chain.from_iterable(result() for result in reads):
@@ -869,13 +885,16 @@ def process_tree(roots: list[int]) -> list[Node]:
     return list(walk([(root, 0) for root in reversed(tops)]).values())
 
 
-def command_line(process: psutil.Process) -> str:
+COMMAND_LIMIT = 1 << 17  # bytes: a process can claim any of its memory to be arguments
+
+
+def command_line(cmdline: bytes, name: bytes) -> str:
     """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
-    try:
-        line = " ".join(process.cmdline())
-    except (psutil.AccessDenied, psutil.ZombieProcess):
-        line = ""
-    return visible(line if line.strip() else f"[{process.name()}]")
+    line = cmdline[:COMMAND_LIMIT].rstrip(b"\0").replace(b"\0", b" ")
+    if not line.strip():
+        line = b"[%s]" % name
+    shown = visible(line.decode("utf-8", "surrogateescape"))
+    return shown + "..." if len(cmdline) > COMMAND_LIMIT else shown
 
 
 def visible(text: str) -> str:
@@ -921,8 +940,8 @@ def measure(
         pid = node.pid
         for attempt in (start, again, again):
             try:
-                reading = attempt()
-                counted, kib = census.process(reading, chunks(reading))
+                with contextlib.closing(attempt()) as reading:
+                    counted, kib = census.process(reading, chunks(reading))
             except VANISHED:
                 continue
             except OSError as error:
@@ -1029,7 +1048,7 @@ def table(
     lines = [[COLUMNS[name][0] for name in columns]]
     for row, tree in zip([*report.rows, report.total], [*trees, ""]):
         lines.append([cell(row, name, tree) for name in columns])
-    for at, name in enumerate(columns):
+    for at, name in enumerate(columns[:-1] if columns[-1] in TEXTS else columns):
         width = max(7, *(len(cells[at]) for cells in lines))
         for cells in lines:
             cells[at] = cells[at].ljust(width) if name in TEXTS else cells[at].rjust(width)
@@ -1093,6 +1112,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"memuse: {visible(message)}; see memuse --help\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write(message, sys.stderr if file is sys.stderr else sys.stdout)
+
 
 def pid_argument(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
@@ -1131,25 +1153,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def complain(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed
-        sys.stderr.write(f"memuse: {text}\n")
-        sys.stderr.flush()
-
-
-def write(text: str) -> None:
+def write(text: str, stream: TextIO | None) -> None:
+    """Error if stdout cannot take it, but for a reader that has had enough."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        if stream is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        stream.write(text)
+        stream.flush()
     except OSError as error:
-        # Python is not to try again at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # whose reader has had enough
+        if stream:  # Python is not to try again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise Error(f"cannot write: {error.strerror}") from None
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]:
     """The report and its text."""
+    own_pid()  # before much is made of what this /proc lacks
+    if sys.stdout is None:
+        raise Error("standard output is closed")
     columns = arguments.output or (IN_JSON if arguments.json else IN_TABLE).split(",")
     pids = " ".join(map(str, arguments.pids))
     kernel = Kernel(not FROM_PAGEMAP.isdisjoint(columns), pids)
@@ -1165,27 +1187,32 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_args(argv)
-    progress = Progress()
+    """Exit status: 0 all done, 1 not or not all, 2 wrong usage, 130 interrupted."""
+    progress, status = Progress(), 1
+    messages: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if sys.stdout is None:
-            raise Error("standard output is closed")
-        report, text = run(arguments, progress)
+        report, text = run(parse_args(argv), progress)
         progress.clear()
-        write(text)
+        write(text, sys.stdout)
+        messages += [f"process {pid} left out: {why}" for pid, why in report.skipped.items()]
+        if report.exited:
+            some = "1 process" if report.exited == 1 else f"{report.exited} processes"
+            messages.append(f"{some} exited while being read")
+        status = 1 if report.skipped else 0
     except Error as error:
-        progress.clear()
-        complain(str(error))
-        return 1
+        messages.append(str(error))
+    except (MemoryError, RuntimeError):  # a thread cannot be started
+        messages.append("there is not enough memory")
+    except OSError as error:
+        messages.append(str(error))
     except KeyboardInterrupt:
-        progress.clear()
-        return 130
-    for pid, reason in report.skipped.items():
-        complain(f"process {pid} left out: {reason}")
-    if report.exited:
-        some = "1 process" if report.exited == 1 else f"{report.exited} processes"
-        complain(f"{some} exited while being read")
-    return 1 if report.skipped else 0
+        status = 130
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    progress.clear()
+    write("".join(f"memuse: {message}\n" for message in messages), sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Callable
 
 PAGE = mmap.PAGESIZE
@@ -167,9 +168,9 @@ def ksm() -> None:
     advise(memory, 4 * MIB, MADV_MERGEABLE)
     for page in range(1024):
         ctypes.memset(memory + page * PAGE, page % 5 + 1, PAGE)
-    scans = "/sys/kernel/mm/ksm/full_scans"
-    start = int(open(scans).read())
-    while int(open(scans).read()) < start + 3:
+    scans = Path("/sys/kernel/mm/ksm/full_scans")
+    start = int(scans.read_text())
+    while int(scans.read_text()) < start + 3:
         time.sleep(0.02)
     fork(lambda: write(memory, range(200), 77))
 

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Callable
 
-import memuse as memuse_module
 import psutil
 import pytest
-from conftest import MEMUSE, ROOT, Scene, measured, memuse, needs_root
+from conftest import MEMUSE, ROOT, Scene, memuse, needs_root
+
+import memuse as memuse_module
 
 Build = Callable[..., Scene]
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
@@ -120,7 +121,7 @@ def test_table_can_be_cut_into_fields(scene: Build) -> None:
     assert all(len(row) == 8 for row in rows)
     assert sum(int(row[2]) for row in rows) == int(total[1]) == int(total[2])
     assert int(total[3]) == 4096 * int(total[1])
-    assert [int(row[0]) for row in rows][0] == pid
+    assert int(rows[0][0]) == pid
     assert rows[0][-1] == " ".join(psutil.Process(pid).cmdline())
 
 
