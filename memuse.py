@@ -318,7 +318,7 @@ class Kernel:
         """The PFNs of the zero page; some architectures have several in a row."""
         import ctypes  # not above: it takes 5 ms, and few processes alone need it
 
-        page = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        page = lazy_bytes(PAGE_SIZE)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             page.madvise(mmap.MADV_NOHUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(page))
@@ -542,6 +542,11 @@ class Block:
         return list(map(sum, zip(*each))) if len(each) > 1 else list(each[0])
 
 
+def lazy_bytes(size: int) -> mmap.mmap:
+    """Zeros that take memory only once they are written to."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def merged(plane: bytes, other: bytes, mask: int) -> bytes:
     """The plane with those lanes of the other that are all ones in the mask."""
     lanes = int.from_bytes(plane, "little") | (int.from_bytes(other, "little") & mask)
@@ -566,9 +571,8 @@ class Ledger:
     def __init__(self, end: int = 0) -> None:
         """For numbers up to `end`, and more at some cost."""
         self.blocks: defaultdict[tuple[bytes | None, int], Block] = defaultdict(Block)
-        # A byte for each number: NEW, ENTERED in a block, or HOMELESS.  Where there are
-        # none they take no memory, for bytearray has it from calloc.
-        self.marks = bytearray(end)
+        # A byte for each number: NEW, ENTERED in a block, or HOMELESS; untouched, no memory.
+        self.marks = lazy_bytes(end + 1)
         self.claimed: set[int] = set()  # huge pages (PFN // PMD_PAGES) counted whole, unmarked
         self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
         self._begin()
@@ -632,7 +636,7 @@ class Ledger:
         numbers = list(compress(numbers_of(words), chosen))
         marks, not_memory = self.marks, unreal(numbers)
         if max(numbers) >= len(marks):
-            marks.extend(bytes(max(numbers) + (1 << 16) - len(marks)))
+            marks.resize(max(numbers) + PART)
         if not any(taken) and not self.claimed and not_memory.isdisjoint(numbers):
             following = iter(numbers)
             for number in following:  # the usual case, and the loop that costs most
@@ -765,8 +769,14 @@ class Census:
         have its other pages, having copied or given up the first after a fork.
         """
         kinds: bytes = chunk.words[FLAGS::WORD].translate(KINDS)
+        if PRIVATE not in kinds:
+            return kinds
         for at in range(-chunk.start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
-            if kinds[at] == PRIVATE and number_of(chunk.words, at) % PMD_PAGES == 0:
+            if (
+                kinds[at] == PRIVATE
+                and int.from_bytes(chunk.words[at * WORD : at * WORD + 2], "little") % PMD_PAGES
+                == 0
+            ):
                 page = chunk.words[at * WORD : (at + PMD_PAGES) * WORD]
                 first = unpack(page[:WORD])[0]
                 if page != struct.pack(f"<{PMD_PAGES}Q", *range(first, first + PMD_PAGES)):
@@ -812,7 +822,7 @@ class Census:
         for huge in frames.claimed:
             page = slice(huge * PMD_PAGES, (huge + 1) * PMD_PAGES)
             marks[page] = marks[page].replace(bytes([NEW]), bytes([CLAIMED]))
-        mapcounts = memoryview(bytearray(2 * len(marks))).cast("H")  # not touched, no memory
+        mapcounts = memoryview(lazy_bytes(2 * len(marks))).cast("H")
         parts = range(0, len(marks), PART)
         reads = readers.ahead((functools.partial(self._mapcounts, at) for at in parts), 4)
         for first, run in chain.from_iterable(result() for result in reads):
@@ -835,6 +845,8 @@ class Census:
         """Runs of mapcounts, with the PFN of the first, for what is marked in a PART."""
         runs = []
         marks = self.frames.marks[start : start + PART]
+        if marks == bytes(len(marks)):
+            return []
         met = marks.translate(bytes([0]) + bytes([1]) * 255)
         at = met.find(1)
         while at >= 0:

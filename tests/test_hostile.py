@@ -794,6 +794,8 @@ def interrupted_early(stderr: str) -> bool:
     """
     frames = [line for line in stderr.splitlines() if line.startswith("  File ")]
     ours = [line for line in frames if "memuse.py" in line]
+    if "import signal\n" in stderr and len(ours) == 1:  # to be able to do better
+        return True
     return not ours or (len(frames) == 1 and ", line 1, in <module>" in ours[0])
 
 
