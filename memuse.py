@@ -507,7 +507,10 @@ class Reading:
 LANES = 4 * PMD_PAGES
 NO_LANES = bytes(LANES)
 SEVENS = int.from_bytes(b"\x7f" * LANES, "little")
-NEW, ENTERED, HOMELESS, CLAIMED = range(4)  # marks, the last only for Census.alone
+# Marks: entered in a Block by address or by place in a file, or in none; no memory; and,
+# only for Census.alone, counted with a huge page.
+NEW, ANON, IN_FILE, HOMELESS, UNREAL, CLAIMED = range(6)
+IS_MARKED = bytes(mark not in (NEW, UNREAL) for mark in range(256))
 PART = 1 << 16  # so many PFNs are looked at in one go
 
 
@@ -525,6 +528,7 @@ class Block:
         self.planes = [NO_LANES] * NUMBER_BYTES
         self.mapped: tuple[int, ...] = (0,)
         self.times = 0  # that mapped[0] was added to
+        self.last: tuple[int | None, int] = None, 0  # hash of entries all known, their lanes
 
     def numbers(self, lanes: int) -> list[int]:
         """The numbers known in these lanes."""
@@ -571,10 +575,11 @@ class Ledger:
     def __init__(self, end: int = 0) -> None:
         """For numbers up to `end`, and more at some cost."""
         self.blocks: defaultdict[tuple[bytes | None, int], Block] = defaultdict(Block)
-        # A byte for each number: NEW, ENTERED in a block, or HOMELESS; untouched, no memory.
-        self.marks = lazy_bytes(end + 1)
+        self.marks = lazy_bytes(end + 1)  # a byte for each number
+        self.parts: set[int] = set()  # PARTs of it that may have others than NEW
         self.claimed: set[int] = set()  # huge pages (PFN // PMD_PAGES) counted whole, unmarked
         self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
+        self.mappings = 0  # of ANON numbers, not as strays
         self._begin()
 
     def _begin(self) -> None:
@@ -585,13 +590,13 @@ class Ledger:
         self.strays: Counter[int] = Counter()
         self.homeless: list[int] = []
         self.claims: set[int] = set()
-        self.matched = self.new = 0
+        self.matched = self.new = self.mapped = 0
 
     def add(self, words: bytes, lanes: bytes, place: Any, unreal: Unreal) -> None:
         """Take in those entries of the process that `lanes` marks with 0x80.
 
         They begin at `place`: a file, or None for the address space, and a page in it.
-        `unreal` tells which of some numbers that nobody had before are not memory.
+        `unreal` tells which of some numbers are not memory, or marks them as UNREAL.
         """
         file, index = place
         for start in range(-(index % LANES), len(lanes), LANES):
@@ -599,11 +604,37 @@ class Ledger:
             if 0x80 in lanes[first:end]:
                 block = self.blocks[file, (index + first) // LANES]
                 part = words[first * WORD : end * WORD]
-                self._match(block, 8 * (first - start), part, lanes[first:end], unreal)
+                self.before.setdefault(block, vars(block).copy())
+                # Whatever equals what last was there, all entered, is so too.
+                key = hash((part, lanes[first:end], first - start))
+                if key != block.last[0]:
+                    mark = ANON if file is None else IN_FILE
+                    wanted, same = self._match(
+                        block, 8 * (first - start), part, lanes[first:end], unreal, mark
+                    )
+                    block.last = (key if wanted == same else None), same
+                self._count(block, block.last[1], file is None)
 
-    def _match(self, block: Block, shift: int, words: bytes, lanes: bytes, unreal: Unreal) -> None:
-        """Compare entries with a Block, and enter in it what is new."""
-        self.before.setdefault(block, vars(block).copy())
+    def _count(self, block: Block, lanes: int, anonymous: bool) -> None:
+        """Note that the process maps these lanes, as they are known."""
+        if block.times == 255:
+            block.mapped, block.times = (0, *block.mapped), 0
+        block.mapped = (block.mapped[0] + (lanes >> 7), *block.mapped[1:])
+        block.times += 1
+        own = self.own[block]
+        again = (lanes & own).bit_length() and (lanes & own).to_bytes(LANES, "little").count(0x80)
+        number = lanes.to_bytes(LANES, "little").count(0x80)
+        self.matched += number - again
+        self.mapped += number if anonymous else 0
+        self.own[block] = own | lanes
+
+    def _match(
+        self, block: Block, shift: int, words: bytes, lanes: bytes, unreal: Unreal, mark: int
+    ) -> tuple[int, int]:
+        """Compare entries with a Block, and enter in it what is new.
+
+        Lanes that are marked, and those of them in which the process now equals the Block.
+        """
         wanted = int.from_bytes(lanes, "little") << shift
         left = bytes(shift // 8)
         planes = [(left + words[i::WORD]).ljust(LANES, b"\0") for i in range(NUMBER_BYTES)]
@@ -616,33 +647,39 @@ class Ledger:
             differ |= (differ & SEVENS) + SEVENS  # the top bit tells that a lane is not 0
             same ^= same & differ
         if same != wanted:
-            new = self._enter(wanted ^ same, block.known, shift, words, unreal)
+            new = self._enter(wanted ^ same, block.known, shift, words, unreal, mark)
             fill = (new << 1) - (new >> 7)  # all ones in the lanes that have their top bit
             block.planes = [merged(*item, fill) for item in zip(block.planes, planes)]
             block.known |= new
             same |= new
-        if block.times == 255:
-            block.mapped, block.times = (0, *block.mapped), 0
-        block.mapped = (block.mapped[0] + (same >> 7), *block.mapped[1:])
-        block.times += 1
-        self.matched += (same & ~self.own[block]).to_bytes(LANES, "little").count(0x80)
-        self.own[block] |= same
+        return wanted, same
 
-    def _enter(self, lanes: int, known: int, shift: int, words: bytes, unreal: Unreal) -> int:
+    def _enter(
+        self, lanes: int, known: int, shift: int, words: bytes, unreal: Unreal, mark: int
+    ) -> int:
         """Mark the numbers in these lanes, which differ from their Block; lanes to take them."""
         length = len(words) // WORD
         chosen = (lanes >> shift).to_bytes(length, "little")
         taken = ((lanes & known) >> shift).to_bytes(length, "little")
-        numbers = list(compress(numbers_of(words), chosen))
+        numbers = numbers_of(words)
+        if 0 in chosen:
+            numbers = list(compress(numbers, chosen))
+        # The PART of a number is its upper bytes, of which mostly one only varies.
+        first, second, third = (words[n::WORD] for n in range(2, NUMBER_BYTES))
+        if second.count(second[0]) == third.count(third[0]) == length:
+            parts = {part + (second[0] << 8) + (third[0] << 16) for part in set(first)}
+        else:
+            parts = {a + (b << 8) + (c << 16) for a, b, c in zip(first, second, third)}
+        if (max(parts) + 1) * PART > len(self.marks):
+            self.marks.resize((max(parts) + 1) * PART)
+        self.parts |= parts
         marks, not_memory = self.marks, unreal(numbers)
-        if max(numbers) >= len(marks):
-            marks.resize(max(numbers) + PART)
-        if not any(taken) and not self.claimed and not_memory.isdisjoint(numbers):
+        if not (any(taken) or self.claimed or not_memory):
             following = iter(numbers)
             for number in following:  # the usual case, and the loop that costs most
                 if marks[number]:
                     break
-                marks[number] = ENTERED
+                marks[number] = mark
             else:
                 self.new += len(numbers)
                 return lanes
@@ -651,23 +688,24 @@ class Ledger:
         entered = bytearray(length)
         for i, number in zip(compress(count(), chosen), numbers):
             if marks[number]:
-                self.strays[number] += 1
+                if marks[number] != UNREAL:
+                    self.strays[number] += 1
             elif number not in not_memory:
+                self.new += number // PMD_PAGES not in self.claimed
                 if taken[i]:
                     marks[number] = HOMELESS
                     self.strays[number] += 1
                     self.homeless.append(number)
                 else:
-                    marks[number] = ENTERED
+                    marks[number] = mark
                     entered[i] = 0x80
-                if number // PMD_PAGES not in self.claimed:
-                    self.new += 1
         return int.from_bytes(entered, "little") << shift
 
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
         if any(self.marks[first : first + PMD_PAGES]):
             return False
+        self.parts.add(first // PART)
         self.claims.add(first // PMD_PAGES)
         self.claimed.add(first // PMD_PAGES)
         return True
@@ -675,11 +713,12 @@ class Ledger:
     def commit(self) -> tuple[int, int]:
         """End a process: how many different numbers it has, and how many nobody had before."""
         distinct = self.matched + len(self.strays)
-        at_home = {number for number in self.strays if self.marks[number] == ENTERED}
+        at_home = {number for number in self.strays if self.marks[number] != HOMELESS}
         if at_home:
             for block, lanes in self.own.items():
                 distinct -= len(at_home.intersection(block.numbers(lanes)))
         self.astray.update(self.strays)
+        self.mappings += self.mapped
         result = distinct, self.new
         self._begin()
         return result
@@ -706,7 +745,6 @@ class Census:
         self.kernel = kernel
         self.frames, self.slots = Ledger(kernel.end), Ledger()
         self.private = 0  # PRIVATE frames
-        self.huge_zero: set[int] = set()  # PFNs
         # To know processes that share their memory (vfork, CLONE_VM) by: for each first
         # mapping and page of a PRIVATE frame, by PFN, what its process counted.
         self.witnesses: defaultdict[Any, dict[int, dict[int, Count]]] = defaultdict(dict)
@@ -802,11 +840,14 @@ class Census:
         # The huge zero page passes for a file's.  It comes whole, its first page first.
         for number in numbers:
             if number % PMD_PAGES == 0 and self.kernel.flags_of(number) & KPF_NO_MEMORY:
-                self.huge_zero.update(range(number, number + PMD_PAGES))
-        return self.huge_zero
+                page = slice(number, number + PMD_PAGES)
+                self.frames.marks[page] = bytes([UNREAL]) * PMD_PAGES
+        return set()
 
     def _zero(self, numbers: list[int]) -> set[int]:
-        return self.kernel.zero_pages
+        for number in self.kernel.zero_pages:
+            self.frames.marks[number] = UNREAL
+        return set()
 
     def _device(self, numbers: list[int]) -> set[int]:
         # What the VMA of a file has without being the file's is a process's own copy,
@@ -823,31 +864,39 @@ class Census:
             page = slice(huge * PMD_PAGES, (huge + 1) * PMD_PAGES)
             marks[page] = marks[page].replace(bytes([NEW]), bytes([CLAIMED]))
         mapcounts = memoryview(lazy_bytes(2 * len(marks))).cast("H")
-        parts = range(0, len(marks), PART)
-        reads = readers.ahead((functools.partial(self._mapcounts, at) for at in parts), 4)
-        for first, run in chain.from_iterable(result() for result in reads):
+        reads = readers.ahead((functools.partial(self._mapcounts, n) for n in frames.parts), 4)
+        mapped = 0
+        for first, run, of_anon in chain.from_iterable(result() for result in reads):
             mapcounts[first : first + len(run)] = run
+            mapped += of_anon
         # What is left when mappings that no Block knows of are taken off:
+        alone = others = 0
         for number, times in frames.astray.items():
             mapcounts[number] -= min(times, mapcounts[number])
-        alone = sum(marks[n] == HOMELESS and not mapcounts[n] for n in frames.astray)
+            others += times if marks[number] == ANON else 0
+            alone += marks[number] == HOMELESS and not mapcounts[number]
         for huge in frames.claimed:
             for number in range(huge * PMD_PAGES, (huge + 1) * PMD_PAGES):
                 mapcounts[number] -= min(1, mapcounts[number])
+                others += marks[number] == ANON
                 alone += marks[number] == CLAIMED and not mapcounts[number]
-        for block in frames.blocks.values():
-            numbers, inside = block.numbers(block.known), block.inside()
-            counts = list(map(mapcounts.__getitem__, numbers))
+        # No frame has more mappings in the set than in all: if the sums are equal, so is each.
+        all_anon = mapped == frames.mappings + others
+        for (file, _), block in frames.blocks.items():
+            if file is None and all_anon:
+                alone += block.known.to_bytes(LANES, "little").count(0x80)
+                continue
+            inside = block.inside()
+            counts = [mapcounts[number] for number in block.numbers(block.known)]
             alone += len(inside) if counts == inside else sum(map(operator.le, counts, inside))
         return alone + self.private - PMD_PAGES * len(frames.claimed)
 
-    def _mapcounts(self, start: int) -> list[tuple[int, array.array[int]]]:
-        """Runs of mapcounts, with the PFN of the first, for what is marked in a PART."""
+    def _mapcounts(self, part: int) -> list[tuple[int, array.array[int], int]]:
+        """For what is marked in a PART: the first PFN of a run, its mapcounts, those of ANONs."""
         runs = []
+        start = part * PART
         marks = self.frames.marks[start : start + PART]
-        if marks == bytes(len(marks)):
-            return []
-        met = marks.translate(bytes([0]) + bytes([1]) * 255)
+        met = marks.translate(IS_MARKED)
         at = met.find(1)
         while at >= 0:
             # Where few are marked, one by one: the kernel takes 0.1 us for each.
@@ -855,7 +904,9 @@ class Census:
             words = read_words(self.kernel.count, start + at, length)
             counts = bytearray(2 * (len(words) // WORD))
             counts[::2], counts[1::2] = words[::WORD], words[1::WORD]
-            runs.append((start + at, array.array("H", bytes(counts))))
+            run = array.array("H", bytes(counts))
+            anon = marks[at : at + length].translate(LANES_OF[ANON])
+            runs.append((start + at, run, sum(compress(run, anon))))
             at = met.find(1, at + length)
         return runs
 
@@ -941,14 +992,14 @@ def measure(
 
     def chunks(reading: Reading) -> Iterator[Chunk]:
         nonlocal pages
-        reads = readers.ahead((functools.partial(reading.read, b) for b in reading.batches), 4)
+        reads = readers.ahead((functools.partial(reading.read, b) for b in reading.batches), 6)
         for batch in chain([reading.first], (result() for result in reads)):
             yield from batch
             pages += sum(len(chunk.words) for chunk in batch) // WORD
             progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
 
     starts = [functools.partial(Reading, node, kernel, wanted, readers) for node in nodes]
-    for node, again, start in zip(nodes, starts, readers.ahead(starts, 2)):
+    for node, again, start in zip(nodes, starts, readers.ahead(starts, 4)):
         pid = node.pid
         for attempt in (start, again, again):
             try:
