@@ -8,7 +8,7 @@ Run it as root, on a machine with 6 GiB to spare and nothing else to do.  Each s
 from real processes.  Then these run in turn, in every round, and the tables show medians:
 
 floor    a bare program of one thread reads smaps, and the pagemap of every VMA that has
-         anything in it, and throws it away; the seconds are those of the reading alone
+         anything in it, and throws it away; without the start of Python
 memuse   memuse --json: its wall time less startup, the wall time of the same on one `sleep`
 gentle   memuse --json -o pid,frames,unique,command, which reads no smaps; likewise
 import   python -c "import psutil, argparse, json", to compare startup with
@@ -212,21 +212,18 @@ def standing(name: str, scale: float) -> Iterator[subprocess.Popen[str]]:
 
 def floor(pids: list[int], only_smaps: bool = False) -> None:
     """Read, throw away, and print the seconds that the reading took."""
-    seconds = 0.0
+    start = time.perf_counter()
     for pid in pids:
-        start = time.perf_counter()
         with open(f"/proc/{pid}/smaps", "rb", buffering=0) as file:
             smaps = file.read()
-        seconds += time.perf_counter() - start
-        spans = [] if only_smaps else list(spans_in_use(smaps))
-        start = time.perf_counter()
+        if only_smaps:
+            continue
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
-        for first, last in spans:
+        for first, last in spans_in_use(smaps):
             for offset in range(first, last, MIB):
                 os.pread(pagemap, min(MIB, last - offset), offset)
         os.close(pagemap)
-        seconds += time.perf_counter() - start
-    print(seconds)
+    print(time.perf_counter() - start)
 
 
 def spans_in_use(smaps: bytes) -> Iterator[tuple[int, int]]:
