@@ -505,7 +505,6 @@ class Reading:
 # ---- Counting -----------------------------------------------------------------
 
 LANES = 4 * PMD_PAGES
-NO_LANES = bytes(LANES)
 SEVENS = int.from_bytes(b"\x7f" * LANES, "little")
 # Marks: entered in a Block by address or by place in a file, or in none; no memory; and,
 # only for Census.alone, counted with a huge page.
@@ -517,15 +516,15 @@ PART = 1 << 16  # so many PFNs are looked at in one go
 class Block:
     """What is known of LANES neighbouring pages: which number each was first met with.
 
-    A lane is one page's byte in bytes or an integer of that length, so that one
-    operation treats all pages.  `known` has 0x80 in the lanes that have a number;
+    A lane is one page's byte in an integer of LANES bytes, so that one operation
+    treats all pages.  `known` has 0x80 in the lanes that have a number;
     `planes` are the numbers: all lanes' lowest bytes, then the next.  `mapped` counts
     how often the set maps each; its first is put by before a lane could overflow.
     """
 
     def __init__(self) -> None:
         self.known = 0
-        self.planes = [NO_LANES] * NUMBER_BYTES
+        self.planes = [0] * NUMBER_BYTES
         self.mapped: tuple[int, ...] = (0,)
         self.times = 0  # that mapped[0] was added to
         self.last: tuple[int | None, int] = None, 0  # hash of entries all known, their lanes
@@ -535,7 +534,7 @@ class Block:
         length = (lanes.bit_length() + 7) // 8
         words = bytearray(length * WORD)
         for i, plane in enumerate(self.planes):
-            words[i::WORD] = plane[:length]
+            words[i::WORD] = plane.to_bytes(LANES, "little")[:length]
         return list(compress(numbers_of(bytes(words)), lanes.to_bytes(length, "little")))
 
     def inside(self) -> list[int]:
@@ -549,12 +548,6 @@ class Block:
 def lazy_bytes(size: int) -> mmap.mmap:
     """Zeros that take memory only once they are written to."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def merged(plane: bytes, other: bytes, mask: int) -> bytes:
-    """The plane with those lanes of the other that are all ones in the mask."""
-    lanes = int.from_bytes(plane, "little") | (int.from_bytes(other, "little") & mask)
-    return lanes.to_bytes(LANES, "little") if lanes else NO_LANES
 
 
 class Ledger:
@@ -621,12 +614,11 @@ class Ledger:
             block.mapped, block.times = (0, *block.mapped), 0
         block.mapped = (block.mapped[0] + (lanes >> 7), *block.mapped[1:])
         block.times += 1
-        own = self.own[block]
-        again = (lanes & own).bit_length() and (lanes & own).to_bytes(LANES, "little").count(0x80)
         number = lanes.to_bytes(LANES, "little").count(0x80)
-        self.matched += number - again
+        again = lanes & self.own[block]
+        self.matched += number - (again.to_bytes(LANES, "little").count(0x80) if again else 0)
         self.mapped += number if anonymous else 0
-        self.own[block] = own | lanes
+        self.own[block] |= lanes
 
     def _match(
         self, block: Block, shift: int, words: bytes, lanes: bytes, unreal: Unreal, mark: int
@@ -636,22 +628,18 @@ class Ledger:
         Lanes that are marked, and those of them in which the process now equals the Block.
         """
         wanted = int.from_bytes(lanes, "little") << shift
-        left = bytes(shift // 8)
-        planes = [(left + words[i::WORD]).ljust(LANES, b"\0") for i in range(NUMBER_BYTES)]
+        planes = [int.from_bytes(words[i::WORD], "little") << shift for i in range(NUMBER_BYTES)]
         same = wanted & block.known
-        if same and planes != block.planes:
-            differ = 0
-            for mine, known in zip(planes, block.planes):
-                if mine != known:
-                    differ |= int.from_bytes(mine, "little") ^ int.from_bytes(known, "little")
+        if same:
+            differ = functools.reduce(int.__or__, map(int.__xor__, planes, block.planes))
             differ |= (differ & SEVENS) + SEVENS  # the top bit tells that a lane is not 0
             same ^= same & differ
         if same != wanted:
-            new = self._enter(wanted ^ same, block.known, shift, words, unreal, mark)
-            fill = (new << 1) - (new >> 7)  # all ones in the lanes that have their top bit
-            block.planes = [merged(*item, fill) for item in zip(block.planes, planes)]
-            block.known |= new
-            same |= new
+            entered = self._enter(wanted ^ same, block.known, shift, words, unreal, mark)
+            fill = (entered << 1) - (entered >> 7)  # all ones in the lanes that have their top bit
+            block.planes = [old | (new & fill) for old, new in zip(block.planes, planes)]
+            block.known |= entered
+            same |= entered
         return wanted, same
 
     def _enter(
