@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pwd
+import re
 import resource
 import shlex
 import shutil
