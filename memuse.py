@@ -1241,7 +1241,14 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 all done, 1 not or not all, 2 wrong usage, 130 interrupted."""
     progress, status = Progress(), 1
     messages: list[str] = []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(*_: Any) -> None:
+        # At once: an exception could be lost in a destructor, or tell its traceback at exit.
+        if progress.shown:
+            os.write(2, b"\r\033[K")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         report, text = run(parse_args(argv), progress)
         progress.clear()
@@ -1257,8 +1264,6 @@ def main(argv: list[str] | None = None) -> int:
         messages.append("there is not enough memory")
     except OSError as error:
         messages.append(str(error))
-    except KeyboardInterrupt:
-        status = 130
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     progress.clear()

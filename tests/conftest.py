@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 MEMUSE = [sys.executable, str(ROOT / "memuse.py")]
 sys.path.insert(0, str(ROOT))
 
+# For other users: an interpreter may be in a home that is not theirs.
+READ_ALL = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="reading page frames takes root")
 
 

@@ -14,12 +14,12 @@ from typing import Callable
 
 import psutil
 import pytest
-from conftest import MEMUSE, ROOT, Scene, memuse, needs_root
+from conftest import MEMUSE, READ_ALL, ROOT, Scene, memuse, needs_root
 
 import memuse as memuse_module
 
 Build = Callable[..., Scene]
-NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *READ_ALL]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "PYTHON", "LANG"))}
 
 
