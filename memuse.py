@@ -859,15 +859,15 @@ class Census:
             mapped += of_anon
         # What is left when mappings that no Block knows of are taken off:
         alone = others = 0
-        for number, times in frames.astray.items():
-            mapcounts[number] -= min(times, mapcounts[number])
-            others += times if marks[number] == ANON else 0
-            alone += marks[number] == HOMELESS and not mapcounts[number]
         for huge in frames.claimed:
             for number in range(huge * PMD_PAGES, (huge + 1) * PMD_PAGES):
                 mapcounts[number] -= min(1, mapcounts[number])
                 others += marks[number] == ANON
                 alone += marks[number] == CLAIMED and not mapcounts[number]
+        for number, times in frames.astray.items():
+            mapcounts[number] -= min(times, mapcounts[number])
+            others += times if marks[number] == ANON else 0
+            alone += marks[number] == HOMELESS and not mapcounts[number]
         # No frame has more mappings in the set than in all: if the sums are equal, so is each.
         all_anon = mapped == frames.mappings + others
         for (file, _), block in frames.blocks.items():
