@@ -97,6 +97,7 @@ KPF_NO_MEMORY = KPF_NOPAGE | KPF_ZERO_PAGE
 PAGEMAP_SCAN = 0xC0606610
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 
+MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no name for it
 PF_KTHREAD = 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
 
 # What an entry stands for, told from its flags.
@@ -150,7 +151,7 @@ def parse_vmas(lines: Iterable[bytes]) -> Iterator[Vma]:
             if vma:
                 yield vma
             start, end = (int(address, 16) // PAGE_SIZE for address in head.split(b"-"))
-            if rest.endswith(b" 00000000 00:00 0 \n"):  # the commonest in the thousands
+            if rest[4:] == b" 00000000 00:00 0 \n":  # the commonest in the thousands
                 vma = Vma(start, end, start, None, {})
                 continue
             words = rest.split(None, 4)
@@ -271,7 +272,7 @@ def next_resident(pagemap: int, start: int, end: int) -> int:
 
 
 class Kernel:
-    """What is open of the kernel, and whether it has PAGEMAP_SCAN (6.7; ENOTTY before)."""
+    """What is open of the kernel; `scan` if it has PAGEMAP_SCAN (6.7) and smaps_rollup."""
 
     def __init__(self, frames: bool, arguments: str) -> None:
         """Error if `frames` are to be seen and may not; it tells what to run instead."""
@@ -460,7 +461,8 @@ class Reading:
     def _usage(self) -> Counter[bytes]:
         """The kernel's figures in KiB, by the names they have in smaps."""
         if self._rollup is not None:
-            pieces_of(self._vmas(self._rollup), self._kib)
+            for vma in self._vmas(self._rollup):
+                self._kib.update(vma.kib)
         return self._kib
 
     def _batches(self) -> Generator[list[tuple[Vma, int, int]]]:
@@ -509,6 +511,7 @@ SEVENS = int.from_bytes(b"\x7f" * LANES, "little")
 # Marks: entered in a Block by address or by place in a file, or in none; no memory; and,
 # only for Census.alone, counted with a huge page.
 NEW, ANON, IN_FILE, HOMELESS, UNREAL, CLAIMED = range(6)
+IS_ANON = bytes(mark == ANON for mark in range(256))
 IS_MARKED = bytes(mark not in (NEW, UNREAL) for mark in range(256))
 PART = 1 << 16  # so many PFNs are looked at in one go
 
@@ -547,7 +550,7 @@ class Block:
 
 def lazy_bytes(size: int) -> mmap.mmap:
     """Zeros that take memory only once they are written to."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
 
 
 class Ledger:
@@ -652,16 +655,18 @@ class Ledger:
         numbers = numbers_of(words)
         if 0 in chosen:
             numbers = list(compress(numbers, chosen))
+        marks, not_memory = self.marks, unreal(numbers)
         # The PART of a number is its upper bytes, of which mostly one only varies.
         first, second, third = (words[n::WORD] for n in range(2, NUMBER_BYTES))
-        if second.count(second[0]) == third.count(third[0]) == length:
+        if not_memory:
+            parts = {number // PART for number in numbers if number not in not_memory}
+        elif second.count(second[0]) == third.count(third[0]) == length:
             parts = {part + (second[0] << 8) + (third[0] << 16) for part in set(first)}
         else:
-            parts = {a + (b << 8) + (c << 16) for a, b, c in zip(first, second, third)}
-        if (max(parts) + 1) * PART > len(self.marks):
-            self.marks.resize((max(parts) + 1) * PART)
+            parts = {number // PART for number in numbers}
+        if (max(parts, default=0) + 1) * PART > len(marks):
+            marks.resize((max(parts) + 1) * PART)
         self.parts |= parts
-        marks, not_memory = self.marks, unreal(numbers)
         if not (any(taken) or self.claimed or not_memory):
             following = iter(numbers)
             for number in following:  # the usual case, and the loop that costs most
@@ -675,9 +680,11 @@ class Ledger:
                 marks[entry] = NEW
         entered = bytearray(length)
         for i, number in zip(compress(count(), chosen), numbers):
-            if marks[number]:
-                if marks[number] != UNREAL:
-                    self.strays[number] += 1
+            known_as = marks[number] if number < len(marks) else UNREAL
+            if known_as == UNREAL:
+                continue
+            if known_as:
+                self.strays[number] += 1
             elif number not in not_memory:
                 self.new += number // PMD_PAGES not in self.claimed
                 if taken[i]:
@@ -828,8 +835,10 @@ class Census:
         # The huge zero page passes for a file's.  It comes whole, its first page first.
         for number in numbers:
             if number % PMD_PAGES == 0 and self.kernel.flags_of(number) & KPF_NO_MEMORY:
-                page = slice(number, number + PMD_PAGES)
-                self.frames.marks[page] = bytes([UNREAL]) * PMD_PAGES
+                page = slice(number, min(number + PMD_PAGES, self.kernel.end))
+                self.frames.marks[page] = bytes([UNREAL]) * max(0, page.stop - page.start)
+        if max(numbers) >= self.kernel.end:  # a device's, mapped by huge pages
+            return {number for number in numbers if number >= self.kernel.end}
         return set()
 
     def _zero(self, numbers: list[int]) -> set[int]:
@@ -851,7 +860,7 @@ class Census:
         for huge in frames.claimed:
             page = slice(huge * PMD_PAGES, (huge + 1) * PMD_PAGES)
             marks[page] = marks[page].replace(bytes([NEW]), bytes([CLAIMED]))
-        mapcounts = memoryview(lazy_bytes(2 * len(marks))).cast("H")
+        mapcounts = memoryview(lazy_bytes(4 * len(marks))).cast("I")
         reads = readers.ahead((functools.partial(self._mapcounts, n) for n in frames.parts), 4)
         mapped = 0
         for first, run, of_anon in chain.from_iterable(result() for result in reads):
@@ -890,10 +899,8 @@ class Census:
             # The kernel takes 0.1 us for each frame, and some 10 us go by for a call.
             length = next(n for n in (512, 64, 1) if met.count(1, at, at + n) >= n / 16)
             words = read_words(self.kernel.count, start + at, length)
-            counts = bytearray(2 * (len(words) // WORD))
-            counts[::2], counts[1::2] = words[::WORD], words[1::WORD]
-            run = array.array("H", bytes(counts))
-            anon = marks[at : at + length].translate(LANES_OF[ANON])
+            run = array.array("I", unpack(words))
+            anon = marks[at : at + length].translate(IS_ANON)
             runs.append((start + at, run, sum(compress(run, anon))))
             at = met.find(1, at + length)
         return runs
@@ -1258,12 +1265,10 @@ def main(argv: list[str] | None = None) -> int:
             some = "1 process" if report.exited == 1 else f"{report.exited} processes"
             messages.append(f"{some} exited while being read")
         status = 1 if report.skipped else 0
-    except Error as error:
+    except (Error, OSError) as error:
         messages.append(str(error))
     except (MemoryError, RuntimeError):  # a thread cannot be started
         messages.append("there is not enough memory")
-    except OSError as error:
-        messages.append(str(error))
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     progress.clear()

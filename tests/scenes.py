@@ -190,6 +190,37 @@ def file_twice() -> None:
         touch(third, range(256))
 
 
+def misnamed() -> None:
+    """Copies of a file whose name looks like what maps says of anonymous memory."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/x rw-p 00000000 00:00 0 "
+        Path(path).write_bytes(os.urandom(MIB))
+        with open(path, "r+b") as file:
+            first = map_memory(MIB, mmap.MAP_SHARED, file.fileno())
+            touch(first, range(256))
+            second = map_memory(MIB // 2, mmap.MAP_SHARED, file.fileno(), offset=MIB // 4)
+            touch(second, range(128))
+            write(map_memory(MIB, mmap.MAP_PRIVATE, file.fileno()), range(50))
+            fork(lambda: touch(second, range(128)))
+
+
+def homeless() -> None:
+    """A child holds pages of its parent's huge page, in the place of another's pages."""
+    memory = map_huge(2 * HUGE)
+    write(memory, range(1024))
+    elsewhere = map_memory(HUGE)
+    advise(elsewhere, HUGE, MADV_NOHUGEPAGE)
+    write(elsewhere, range(512))
+
+    def mover() -> None:
+        write(memory, range(3), 7)
+        size = 100 * PAGE
+        libc.mremap(memory + 10 * PAGE, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, elsewhere)
+
+    fork()
+    fork(mover)
+
+
 def shared() -> None:
     """Shared memory that each process touched in part; the last moved its mapping."""
     memory = map_memory(8 * MIB, SHARED)

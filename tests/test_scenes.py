@@ -53,6 +53,7 @@ SCENES = {
     "forked": 1499 + 99 + 83 // 2 + 200,
     "zero": 111 + 100,
     "file_twice": 768 + 60 + 20,
+    "misnamed": 256 + 50,
     "shared": 1000,
     "moved": 1200,
     "guarded": 200,
@@ -70,7 +71,7 @@ def test_scene(name: str, scene: Build) -> None:
     assert report["total"]["frames"] >= SCENES[name]
 
 
-@pytest.mark.parametrize("name", ["huge", "huge_zero"])
+@pytest.mark.parametrize("name", ["huge", "huge_zero", "homeless"])
 def test_huge_pages(name: str, scene: Build, thp: None) -> None:
     pid = scene(name).pid
     assert "AnonHugePages:         0" not in Path(f"/proc/{pid}/smaps_rollup").read_text()
