@@ -664,8 +664,7 @@ class Ledger:
             parts = {part + (second[0] << 8) + (third[0] << 16) for part in set(first)}
         else:
             parts = {number // PART for number in numbers}
-        if (max(parts, default=0) + 1) * PART > len(marks):
-            marks.resize((max(parts) + 1) * PART)
+        self.reach(max(parts, default=0) * PART)
         self.parts |= parts
         if not (any(taken) or self.claimed or not_memory):
             following = iter(numbers)
@@ -696,10 +695,17 @@ class Ledger:
                     entered[i] = 0x80
         return int.from_bytes(entered, "little") << shift
 
+    def reach(self, number: int) -> None:
+        """Have marks up to the end of the number's PART."""
+        end = (number // PART + 1) * PART
+        if end > len(self.marks):
+            self.marks.resize(end)
+
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
         if any(self.marks[first : first + PMD_PAGES]):
             return False
+        self.reach(first)
         self.parts.add(first // PART)
         self.claims.add(first // PMD_PAGES)
         self.claimed.add(first // PMD_PAGES)
@@ -740,6 +746,7 @@ class Census:
         self.kernel = kernel
         self.frames, self.slots = Ledger(kernel.end), Ledger()
         self.private = 0  # PRIVATE frames
+        self.huge_unreal: set[int] = set()  # huge pages (PFN // PMD_PAGES) that are no memory
         # To know processes that share their memory (vfork, CLONE_VM) by: for each first
         # mapping and page of a PRIVATE frame, by PFN, what its process counted.
         self.witnesses: defaultdict[Any, dict[int, dict[int, Count]]] = defaultdict(dict)
@@ -835,14 +842,14 @@ class Census:
         # The huge zero page passes for a file's.  It comes whole, its first page first.
         for number in numbers:
             if number % PMD_PAGES == 0 and self.kernel.flags_of(number) & KPF_NO_MEMORY:
-                page = slice(number, min(number + PMD_PAGES, self.kernel.end))
-                self.frames.marks[page] = bytes([UNREAL]) * max(0, page.stop - page.start)
-        if max(numbers) >= self.kernel.end:  # a device's, mapped by huge pages
-            return {number for number in numbers if number >= self.kernel.end}
-        return set()
+                self.huge_unreal.add(number // PMD_PAGES)
+        if not self.huge_unreal:
+            return set()
+        return {number for number in numbers if number // PMD_PAGES in self.huge_unreal}
 
     def _zero(self, numbers: list[int]) -> set[int]:
         for number in self.kernel.zero_pages:
+            self.frames.reach(number)
             self.frames.marks[number] = UNREAL
         return set()
 
