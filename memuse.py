@@ -277,7 +277,6 @@ class Kernel:
     def __init__(self, frames: bool, arguments: str) -> None:
         """Error if `frames` are to be seen and may not; it tells what to run instead."""
         self.scan = os.path.exists(proc("self/smaps_rollup"))
-        self.end = 0  # of the PFNs that there are
         if not frames:
             return
         name = sys.argv[0]
@@ -302,13 +301,6 @@ class Kernel:
         except OSError:
             self.scan = False
         os.close(own)
-        above = 1 << 8 * NUMBER_BYTES
-        while self.end < above:
-            middle = (self.end + above) // 2
-            if read_words(self.count, middle, 1):
-                self.end = middle + 1
-            else:
-                above = middle
 
     def flags_of(self, pfn: int) -> int:
         words = read_words(self.flags, pfn, 1)
@@ -568,10 +560,9 @@ class Ledger:
     strays are few enough for sets.
     """
 
-    def __init__(self, end: int = 0) -> None:
-        """For numbers up to `end`, and more at some cost."""
+    def __init__(self) -> None:
         self.blocks: defaultdict[tuple[bytes | None, int], Block] = defaultdict(Block)
-        self.marks = lazy_bytes(end + 1)  # a byte for each number
+        self.marks = lazy_bytes(PART)  # a byte for each number; see reach()
         self.parts: set[int] = set()  # PARTs of it that may have others than NEW
         self.claimed: set[int] = set()  # huge pages (PFN // PMD_PAGES) counted whole, unmarked
         self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
@@ -597,17 +588,18 @@ class Ledger:
         file, index = place
         for start in range(-(index % LANES), len(lanes), LANES):
             first, end = max(start, 0), start + LANES
-            if 0x80 in lanes[first:end]:
+            here = lanes[first:end]
+            if 0x80 in here:
                 block = self.blocks[file, (index + first) // LANES]
                 part = words[first * WORD : end * WORD]
-                self.before.setdefault(block, vars(block).copy())
+                if block not in self.before:
+                    self.before[block] = vars(block).copy()
                 # Whatever equals what last was there, all entered, is so too.
-                key = hash((part, lanes[first:end], first - start))
+                key = hash((part, here, first - start))
                 if key != block.last[0]:
                     mark = ANON if file is None else IN_FILE
-                    wanted, same = self._match(
-                        block, 8 * (first - start), part, lanes[first:end], unreal, mark
-                    )
+                    shift = 8 * (first - start)
+                    wanted, same = self._match(block, shift, part, here, unreal, mark)
                     block.last = (key if wanted == same else None), same
                 self._count(block, block.last[1], file is None)
 
@@ -744,7 +736,7 @@ class Census:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.frames, self.slots = Ledger(kernel.end), Ledger()
+        self.frames, self.slots = Ledger(), Ledger()
         self.private = 0  # PRIVATE frames
         self.huge_unreal: set[int] = set()  # huge pages (PFN // PMD_PAGES) that are no memory
         # To know processes that share their memory (vfork, CLONE_VM) by: for each first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -132,6 +131,3 @@ def ended_child() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
-
-
-libc = ctypes.CDLL(None, use_errno=True)
