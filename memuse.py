@@ -28,7 +28,6 @@ import errno
 import functools
 import json
 import mmap
-import operator
 import os
 import queue
 import re
@@ -36,8 +35,9 @@ import struct
 import sys
 import threading
 import time
+from bisect import bisect
 from collections import Counter, defaultdict, deque, namedtuple
-from itertools import chain, compress, count
+from itertools import compress, count, islice
 
 try:
     import fcntl
@@ -52,12 +52,15 @@ except ModuleNotFoundError as missing:
 
 TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any, NoReturn, TextIO, TypeVar
 
     T = TypeVar("T")
+    Span = tuple[int, int]  # from a page up to another
+    Chunk = tuple[int, bytes]  # a page, and the pagemap entries from there on
+    Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
+    IsMemory = Callable[[int], bool] | None  # of a number
     Row = dict[str, Any]  # by names of columns; sizes in bytes
-    Unreal = Callable[[list[int]], set[int]]  # of some PFNs, those that are not memory
 
 __version__ = "1.0.0"
 
@@ -73,25 +76,21 @@ VANISHED = (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess)
 # ---- The kernel's interface ---------------------------------------------------
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-PMD_PAGES = PAGE_SIZE // 8  # pages under one page table, and so in a PMD-mapped huge page
+WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in native order
+PMD_PAGES = PAGE_SIZE // WORD  # pages under one page table, and so in a PMD-mapped huge page
 
-# A pagemap entry (pagemap.rst): a u64 a page, here least significant byte first.
-# Bits 0-54 hold the PFN, or swap type (0-4) and offset.  Physical addresses have
-# 52 bits at the most, so a PFN has 40, and so has the slot of any real swap area.
-WORD = 8
+# A pagemap entry (pagemap.rst).  Bits 0-54 hold the PFN, or swap type (0-4) and offset.
+# Physical addresses have 52 bits at the most, so a PFN has 40, and so has any real slot.
 NUMBER_BYTES = 5
 NUMBER_MASK = (1 << 8 * NUMBER_BYTES) - 1
-# The last byte holds bits 56-63.
-FLAGS = 7
+# Swap types from here up are migration, poison, device and marker entries
+# (MAX_SWAPFILES, include/linux/swap.h).
+SWAP_TYPE_MASK, SWAP_TYPES = 0x1F, 23
+FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes first
 EXCLUSIVE, GUARD, FILE, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
 
-# Bits 0-4 of a swapped entry.  Types from here up are not swap but migration,
-# poison, device and marker entries (MAX_SWAPFILES, include/linux/swap.h).
-SWAP_TYPE_MASK, SWAP_TYPES = 0x1F, 23
-
-# /proc/kpageflags (pagemap.rst), a u64 per frame
-KPF_ANON, KPF_NOPAGE, KPF_ZERO_PAGE = 1 << 12, 1 << 20, 1 << 24
-KPF_NO_MEMORY = KPF_NOPAGE | KPF_ZERO_PAGE
+# /proc/kpageflags (pagemap.rst)
+KPF_ANON, KPF_ZERO_PAGE = 1 << 12, 1 << 24
 
 # ioctl PAGEMAP_SCAN (pagemap.rst): struct pm_scan_arg is twelve u64
 PAGEMAP_SCAN = 0xC0606610
@@ -99,6 +98,7 @@ PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 
 MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no name for it
 PF_KTHREAD = 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
+ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
 
 # What an entry stands for, told from its flags.
 NOTHING, PRIVATE, SHARED, OF_FILE, IN_SWAP = range(5)
@@ -118,79 +118,71 @@ def kind_of(flags: int) -> int:
     return IN_SWAP if flags & SWAPPED and not flags & GUARD else NOTHING
 
 
-# For bytes.translate: flags to kinds, and kinds to lanes (see Ledger).
-KINDS = bytes(kind_of(flags) for flags in range(256))
+# For bytes.translate: flags to kinds, kinds and the lowest byte of slots to lanes (see Block).
+KINDS = bytes(map(kind_of, range(256)))
 LANES_OF = [bytes(0x80 * (k == kind) for k in range(256)) for kind in range(5)]
+LANES_OF_SWAP = bytes(0x80 * (low & SWAP_TYPE_MASK < SWAP_TYPES) for low in range(256))
 
 
 # ---- Parsing ------------------------------------------------------------------
 
-# Page numbers (addresses in pages); what page of the file is at start, itself if anonymous;
-# device and inode, or a special mapping's name, None if anonymous; smaps' fields in KiB.
-Vma = namedtuple("Vma", "start end offset file kib")
+# In pages: its addresses, and what page of the file is at start.  The file is its device
+# and inode, or a special mapping's name; anonymous memory has None, and start as offset.
+Vma = namedtuple("Vma", "start end offset file")
 
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
-OCCUPIED = (b"Rss", b"Swap", b"Shared_Hugetlb", b"Private_Hugetlb")
 VSYSCALL = (1 << 63) // PAGE_SIZE  # above what pagemap covers
-HOLE = 64  # pages that cost less to read over than another call
+MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (.*)\n", re.M)
+FIGURE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)): +([0-9]{1,15}) kB$", re.M)
 
 
-def parse_vmas(lines: Iterable[bytes]) -> Iterator[Vma]:
-    """The VMAs in the lines of /proc/PID/maps, smaps or smaps_rollup (proc.rst).
+@functools.lru_cache(1024)  # the same libraries, in process after process
+def parse_mapping(rest: bytes) -> tuple[int | None, bytes | None]:
+    """Offset and file, from what follows the addresses in a line of /proc/PID/maps."""
+    _, offset, device, inode, *name = rest.split(None, 4)
+    if inode != b"0":
+        return int(offset, 16) // PAGE_SIZE, device + b" " + inode
+    if name and not name[0].startswith(ANONYMOUS):
+        return int(offset, 16) // PAGE_SIZE, name[0]
+    return None, None
 
-    Error at a line that is neither a VMA's nor a field's.
+
+def parse_vmas(maps: bytes) -> list[Vma]:
+    """The VMAs in /proc/PID/maps (proc.rst), in one where one goes on as the last ended.
+
+    Error at a line that cannot be made out.
     """
-    vma: Any = None
+    vmas: list[Vma] = []
+    last = Vma(0, 0, 0, None)
+    found = MAPPING.findall(maps)
     try:
-        for line in lines:
-            head, _, rest = line.partition(b" ")
-            if head.endswith(b":"):
-                if rest.endswith(b"kB\n"):
-                    vma.kib[head[:-1]] = int(rest[:-3])
-                continue
-            if vma:
-                yield vma
-            start, end = (int(address, 16) // PAGE_SIZE for address in head.split(b"-"))
-            if rest[4:] == b" 00000000 00:00 0 \n":  # the commonest in the thousands
-                vma = Vma(start, end, start, None, {})
-                continue
-            words = rest.split(None, 4)
-            name = words[4].rstrip(b"\n") if words[4:] else b""
-            offset = int(words[1], 16) // PAGE_SIZE
-            if words[3] != b"0":
-                vma = Vma(start, end, offset, b" ".join(words[2:4]), {})
-            elif name and not name.startswith(ANONYMOUS):
-                vma = Vma(start, end, offset, name, {})
+        if len(found) != maps.count(b"\n"):
+            raise ValueError
+        for first, end_, rest in found:
+            start, end = int(first, 16) // PAGE_SIZE, int(end_, 16) // PAGE_SIZE
+            offset, file = parse_mapping(rest)
+            if offset is None:
+                offset = start
+            if (
+                last.end == start
+                and last.file == file
+                and offset - last.offset == start - last.start
+            ):
+                last = vmas[-1] = Vma(last.start, end, last.offset, file)
             else:
-                vma = Vma(start, end, start, None, {})
-    except (ValueError, IndexError, AttributeError):
-        raise Error(f"cannot make out the kernel's list of mappings: {line[:60]!r}") from None
-    if vma:
-        yield vma
+                last = Vma(start, end, offset, file)
+                vmas.append(last)
+    except ValueError:
+        raise Error("cannot make out the kernel's list of mappings") from None
+    return vmas
 
 
-def pieces_of(vmas: Iterable[Vma], kib: Counter[bytes]) -> list[Vma]:
-    """What is to be looked at: VMAs that may hold something, joined where they go on.
-
-    The fields of all VMAs are added to `kib`.
-    """
-    pieces: list[Vma] = []
-    run: tuple[Any, ...] = ()
-    first = last = 0
-    for start, end, offset, file, fields in vmas:
-        if fields:
-            kib.update(fields)
-            if not any(map(fields.get, OCCUPIED)):
-                continue
-        if run == (file, start - offset) and start - last < HOLE:
-            last = end
-        elif start < VSYSCALL:
-            if run:
-                pieces.append(Vma(first, last, first - run[1], run[0], {}))
-            run, first, last = (file, start - offset), start, end
-    if run:
-        pieces.append(Vma(first, last, first - run[1], run[0], {}))
-    return pieces
+def parse_figures(smaps: bytes) -> Counter[bytes]:
+    """Sums of the fields that are needed of smaps or smaps_rollup (proc.rst), in KiB."""
+    figures: Counter[bytes] = Counter()
+    for name, kib in FIGURE.findall(smaps):
+        figures[name] += int(kib)
+    return figures
 
 
 # Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `image` where
@@ -223,9 +215,11 @@ def own_pid() -> int:
         raise Error(f"no {proc('self')}: mount the /proc of this PID namespace") from None
 
 
-def read_stat(name: str, directory: int | None = None) -> Stat:
-    with open(os.open(name, os.O_RDONLY, dir_fd=directory), "rb") as file:
-        return parse_stat(file.read())
+def read_file(name: str, directory: int | None = None, limit: int = -1) -> bytes:
+    """A file in a directory that is open, up to some number of bytes."""
+    fd = os.open(name, os.O_RDONLY, dir_fd=directory)
+    with open(fd, "rb", buffering=0) as file:
+        return file.read(limit)
 
 
 def read_words(fd: int, first: int, number: int) -> bytes:
@@ -248,16 +242,18 @@ def unpack(words: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(words) // WORD}Q", words)
 
 
+def low_halves(words: bytes) -> memoryview[int]:
+    """Of each word, the lower 32 bits."""
+    if sys.byteorder == "little":
+        return memoryview(words).cast("I")[::2]
+    return memoryview(array.array("I", [word & 0xFFFFFFFF for word in unpack(words)]))
+
+
 def numbers_of(words: bytes) -> list[int]:
     """The PFNs, or swap types and offsets, in entries."""
-    if sys.byteorder == "little" and words[4::WORD].count(0) == len(words) // WORD:
-        return memoryview(words).cast("I")[::2].tolist()  # in a quarter of the time
+    if words[4::WORD].count(0) == len(words) // WORD:
+        return low_halves(words).tolist()  # in a quarter of the time
     return [word & NUMBER_MASK for word in unpack(words)]
-
-
-def number_of(words: bytes, at: int = 0) -> int:
-    """The PFN, or swap type and offset, in one of some entries."""
-    return unpack(words[at * WORD : (at + 1) * WORD])[0] & NUMBER_MASK
 
 
 def next_resident(pagemap: int, start: int, end: int) -> int:
@@ -272,23 +268,20 @@ def next_resident(pagemap: int, start: int, end: int) -> int:
 
 
 class Kernel:
-    """What is open of the kernel; `scan` if it has PAGEMAP_SCAN (6.7) and smaps_rollup."""
+    """What the kernel tells of frames: its open files, its zero pages, what it can do."""
 
-    def __init__(self, frames: bool, arguments: str) -> None:
-        """Error if `frames` are to be seen and may not; it tells what to run instead."""
-        self.scan = os.path.exists(proc("self/smaps_rollup"))
-        if not frames:
-            return
+    def __init__(self, arguments: str) -> None:
+        """Error if that may not be seen; it tells what to run instead."""
         name = sys.argv[0]
         where = "on the host, outside of any container, " if os.geteuid() == 0 else ""
         need = (
             f"seeing page frames takes CAP_SYS_ADMIN: {where}run sudo {name} {arguments}; or, for"
             f" the kernel's figures alone, {name} -o pid,rss,pss,command {arguments}"
         )
-        here = array.array("B", b"here").buffer_info()[0] // PAGE_SIZE
         try:
-            own = os.open(proc("self/pagemap"), os.O_RDONLY)
-            if not number_of(read_words(own, here, 1)):
+            self.pagemap = os.open(proc("self/pagemap"), os.O_RDONLY)
+            zero = self._zero_page()
+            if not zero:
                 raise Error(need)
             self.flags = os.open(proc("kpageflags"), os.O_RDONLY)
             self.count = os.open(proc("kpagecount"), os.O_RDONLY)
@@ -296,60 +289,70 @@ class Kernel:
             raise Error(need) from None
         except FileNotFoundError as error:
             raise Error(f"a kernel without CONFIG_PROC_PAGE_MONITOR: {error}") from None
-        try:
-            next_resident(own, 0, 1)
-        except OSError:
-            self.scan = False
-        os.close(own)
-
-    def flags_of(self, pfn: int) -> int:
-        words = read_words(self.flags, pfn, 1)
-        return unpack(words)[0] if words else KPF_NOPAGE  # past the end
-
-    @functools.cached_property
-    def zero_pages(self) -> set[int]:
-        """The PFNs of the zero page; some architectures have several in a row."""
-        import ctypes  # not above: it takes 5 ms, and few processes alone need it
-
-        page = lazy_bytes(PAGE_SIZE)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            page.madvise(mmap.MADV_NOHUGEPAGE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-        assert page[0] == 0  # reading untouched memory maps the zero page
-        with open(proc("self/pagemap"), "rb") as own:
-            pfn = number_of(read_words(own.fileno(), address // PAGE_SIZE, 1))
-        first = max(0, pfn - 256)
+        # Some architectures have several in a row, and choose one by the address.
+        first = max(0, zero - 256)
         flags = unpack(read_words(self.flags, first, 512))
-        return {first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE}
+        self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
+        try:
+            self.scan = next_resident(self.pagemap, 0, 1) >= 0
+        except OSError:  # before 6.7
+            self.scan = False
+
+    def _zero_page(self) -> int:
+        """The PFN of the page that a private mapping of /dev/zero has before it is written to."""
+        with open("/dev/zero", "rb") as file:
+            page = mmap.mmap(file.fileno(), PAGE_SIZE, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        with page:
+            page.read(1)
+            mapping = re.search(rb"^([0-9a-f]+)-.* /dev/zero$", read_file(proc("self/maps")), re.M)
+            address = int(mapping[1], 16) if mapping else 0
+            return numbers_of(read_words(self.pagemap, address // PAGE_SIZE, 1))[0]
+
+    def has_flag(self, pfn: int, flag: int) -> bool:
+        """Whether the frame has it in /proc/kpageflags; a device's may be past its end."""
+        words = read_words(self.flags, pfn, 1)
+        return bool(words) and bool(unpack(words)[0] & flag)
 
 
 class Readers:
     """Threads that read /proc, where the kernel works outside the interpreter's lock."""
 
-    THREADS = 2  # as many as there are figures of a page to read: its share, its frame
-
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.stack_size(1 << 18)  # under ulimit -v, the usual 8 MiB are dear
-        for _ in range(self.THREADS):
+        # The main thread reads too; a page has two figures to read, its share and its frame.
+        for _ in range(min(2, max(1, (os.cpu_count() or 1) - 1))):
             threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         while True:
-            self._calls.get()()
+            calls, outcome = self._calls.get()
+            with contextlib.suppress(IndexError):
+                call = calls.pop()
+                try:
+                    outcome.put((call(), None))
+                except BaseException as error:  # raised again where the result is asked for
+                    outcome.put((None, error))
+                del call  # not to hold on to what was read
+            del calls, outcome
 
     def submit(self, call: Callable[[], T]) -> Callable[[], T]:
-        """Have a thread call; what is returned waits for the result, or raises its error."""
-        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Have a thread call; what is returned waits for the result, or raises its error.
 
-        def run() -> None:
-            try:
-                outcome.put((call(), None))
-            except BaseException as error:  # raised again where the result is asked for
-                outcome.put((None, error))
+        What no thread has begun by then, it calls itself.
+        """
+        calls: list[Callable[[], T]] = [call]  # until somebody takes it
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._calls.put((calls, outcome))
+        del call
 
         def result() -> T:
-            value, error = outcome.get()
+            try:
+                mine = calls.pop()
+            except IndexError:
+                value, error = outcome.get()
+            else:
+                return mine()
             try:
                 if error:
                     raise error
@@ -357,7 +360,6 @@ class Readers:
             finally:
                 del error  # whose traceback holds this frame, and open files
 
-        self._calls.put(run)
         return result
 
     def ahead(self, calls: Iterable[Callable[[], T]], depth: int) -> Iterator[Callable[[], T]]:
@@ -372,8 +374,6 @@ class Readers:
 
 # A process in the tree; when it was found, `stat` was so.
 Node = namedtuple("Node", "pid stat depth")
-# Neighbouring pagemap entries of one piece, from page `start` on.
-Chunk = namedtuple("Chunk", "piece start words")
 
 FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
 
@@ -386,142 +386,162 @@ class Reading:
     calls exec or its PID is used anew: then there is nothing more in them.
     """
 
-    # How many entries to ask for at a time: few where memory is sparse.
-    LONG, SHORT = 1 << 15, PMD_PAGES
-
-    def __init__(self, node: Node, kernel: Kernel, wanted: set[str], readers: Readers) -> None:
-        self.scan, self.frames = kernel.scan, bool(wanted & FROM_PAGEMAP)
-        self._usage_wanted = bool(wanted & FROM_SMAPS)
-        self.pieces: list[Vma] = []
-        self._kib: Counter[bytes] = Counter()
-        self._rollup: int | None = None
+    def __init__(
+        self, node: Node, kernel: Kernel | None, wanted: set[str], readers: Readers
+    ) -> None:
+        """With `kernel`, its page tables too; figures if any of FROM_SMAPS is wanted."""
+        self.vmas: list[Vma] = []
+        self.batches: Iterator[list[Span]] = iter(())
+        self.figures: Callable[[], Counter[bytes]] = Counter
         self._files: list[int] = []
-        directory = self._file(proc(str(node.pid)))
-        stat = read_stat("stat", directory)
+        directory = self._open(proc(str(node.pid)))
+        stat = parse_stat(read_file("stat", directory))
         if stat.started != node.stat.started:
             raise ProcessLookupError  # its PID was used anew
         # Not psutil's: it reads all that a process may claim, and not by way of the directory.
-        with open(self._file("cmdline", directory), "rb", closefd=False) as file:
-            self.command = command_line(file.read(COMMAND_LIMIT + 1), stat.name)
+        cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
+        self.command = command_line(cmdline, stat.name)
         self.user = psutil.Process(node.pid).username() if "user" in wanted else None
-        if stat.state in b"ZX" and stat.threads > 1:
-            self._open(self._live_thread(directory))  # the first has ended, others run on
-        elif stat.state not in b"ZX" and not stat.kernel_thread:
-            self._open(directory)
-        if read_stat("stat", directory)[4:6] != stat[4:6]:
+        alive = self._alive(stat, directory)
+        if alive is not None and wanted & FROM_SMAPS:
+            try:
+                file = self._open(alive + "smaps_rollup", directory)
+            except FileNotFoundError:  # before 4.14, or the process is gone
+                file = self._open(alive + "smaps", directory)
+            self.figures = readers.submit(functools.partial(self._figures, file))
+        if alive is not None and kernel:
+            self.pagemap = self._open(alive + "pagemap", directory)
+            self.vmas = parse_vmas(read_file(alive + "maps", directory))
+            self.batches = batches_of(self.vmas, self.pagemap, kernel.scan)
+        if parse_stat(read_file("stat", directory))[4:6] != stat[4:6]:
             raise ProcessLookupError
-        self.usage = readers.submit(self._usage)
-        self.batches = self._batches()
         self.first = self.read(next(self.batches, []))
-
-    def close(self) -> None:
-        self.batches.close()  # it and this would hold each other
 
     def __del__(self) -> None:  # once no thread reads any more
         for fd in self._files:
             os.close(fd)
 
-    def _open(self, directory: int) -> None:
-        if self.frames:
-            self._pagemap = self._file("pagemap", directory)
-        if self._usage_wanted and self.scan:
-            self._rollup = self._file("smaps_rollup", directory)
-        if self.frames or not self.scan:
-            # Without PAGEMAP_SCAN, smaps is needed to know which VMAs hold anything.
-            maps = "smaps" if self._usage_wanted and not self.scan else "maps"
-            self.pieces = pieces_of(self._vmas(self._file(maps, directory)), self._kib)
-            if not self.pieces:
-                raise ProcessLookupError
-
-    def _file(self, name: str, directory: int | None = None) -> int:
+    def _open(self, name: str, directory: int | None = None) -> int:
         self._files.append(os.open(name, os.O_RDONLY, dir_fd=directory))
         return self._files[-1]
 
-    def _live_thread(self, directory: int) -> int:
-        tasks = self._file("task", directory)
-        for tid in os.listdir(tasks):
-            task = self._file(tid, tasks)
-            if read_stat("stat", task).state not in b"ZX":
-                return task
-            os.close(self._files.pop())
-        raise ProcessLookupError
+    def _alive(self, stat: Stat, directory: int) -> str | None:
+        """Where the files about its memory are: if its first thread has ended, by another."""
+        if stat.kernel_thread:
+            return None
+        if stat.state not in ENDED:
+            return ""
+        for tid in os.listdir(self._open("task", directory)) if stat.threads > 1 else ():
+            with contextlib.suppress(*VANISHED):
+                if parse_stat(read_file(f"task/{tid}/stat", directory)).state not in ENDED:
+                    return f"task/{tid}/"
+        return None
 
-    def _vmas(self, fd: int) -> Iterator[Vma]:
-        with open(fd, "rb", closefd=False) as file:
-            yield from parse_vmas(file)
+    def _figures(self, file: int) -> Counter[bytes]:
+        with open(file, "rb", buffering=0, closefd=False) as smaps:
+            figures = parse_figures(smaps.read())
+        if not figures:
+            raise ProcessLookupError
+        return figures
 
-    def _usage(self) -> Counter[bytes]:
-        """The kernel's figures in KiB, by the names they have in smaps."""
-        if self._rollup is not None:
-            for vma in self._vmas(self._rollup):
-                self._kib.update(vma.kib)
-        return self._kib
-
-    def _batches(self) -> Generator[list[tuple[Vma, int, int]]]:
-        """Spans of pages (piece, first, end) that hold whatever is resident and little else.
-
-        In portions of like cost.  They end at multiples of PMD_PAGES: no huge page is cut.
-        """
-        batch, cost = [], 0
-        for piece in self.pieces if self.frames else ():
-            start, size = piece.start, self.SHORT
-            while start < piece.end:
-                found = start
-                if self.scan and piece.end - start > self.SHORT:
-                    found = next_resident(self._pagemap, start, piece.end)
-                if found == piece.end:
-                    break
-                size = min(2 * size, self.LONG) if found == start else self.SHORT
-                end = min((found + size) // PMD_PAGES * PMD_PAGES, piece.end)
-                batch.append((piece, found, end))
-                cost += end - found + HOLE
-                start = end
-                if cost >= self.LONG:
-                    yield batch
-                    batch, cost = [], 0
-        yield batch
-
-    def read(self, batch: list[tuple[Vma, int, int]]) -> list[Chunk]:
+    def read(self, spans: list[Span]) -> list[Chunk]:
         chunks = []
-        for piece, start, end in batch:
-            words = read_words(self._pagemap, start, end - start)
+        for start, end in spans:
+            words = read_words(self.pagemap, start, end - start)
             if len(words) != (end - start) * WORD:
                 raise ProcessLookupError
-            chunks.append(Chunk(piece, start, words))
+            chunks.append((start, words))
         return chunks
 
-    def private_frame(self, page: int) -> int:
-        """The PFN of a page that this process alone maps; else 0, which no such page has."""
-        words = read_words(self._pagemap, page, 1)
-        return number_of(words) if words and kind_of(words[FLAGS]) == PRIVATE else 0
+
+# How many entries to ask for at a time: few where memory is sparse.
+LONG, SHORT = 1 << 15, PMD_PAGES
+HOLE = 256  # pages that cost less to read over than another call
+
+
+def batches_of(vmas: list[Vma], pagemap: int, scan: bool) -> Iterator[list[Span]]:
+    """Spans of pages that hold whatever is resident and little else, in portions of like cost.
+
+    They end at multiples of PMD_PAGES, if a VMA goes on there: no huge page is cut.
+    Error: ProcessLookupError if there are no VMAs, as after exit and exec.
+    """
+    areas: list[list[int]] = []
+    for start, end, _, _ in vmas:
+        if areas and start - areas[-1][1] < HOLE:
+            areas[-1][1] = end
+        elif start < VSYSCALL:
+            areas.append([start, end])
+    if not areas:
+        raise ProcessLookupError
+    batch, cost = [], 0
+    for start, last in areas:
+        size = SHORT
+        while start < last:
+            found = next_resident(pagemap, start, last) if scan and last - start > SHORT else start
+            if found == last:
+                break
+            size = min(2 * size, LONG) if found == start else SHORT
+            end = min((found + size) // PMD_PAGES * PMD_PAGES, last)
+            batch.append((found, end))
+            cost += end - found + HOLE
+            start = end
+            if cost >= LONG:
+                yield batch
+                batch, cost = [], 0
+    yield batch
 
 
 # ---- Counting -----------------------------------------------------------------
 
 LANES = 4 * PMD_PAGES
+ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
+RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
 SEVENS = int.from_bytes(b"\x7f" * LANES, "little")
-# Marks: entered in a Block by address or by place in a file, or in none; no memory; and,
-# only for Census.alone, counted with a huge page.
-NEW, ANON, IN_FILE, HOMELESS, UNREAL, CLAIMED = range(6)
+# Marks: entered in a Block by address, or by place in a file; met, but in no Block;
+# no memory; met as part of a PRIVATE huge page.
+ANON, IN_FILE, STRAY, UNREAL, CLAIMED = range(1, 6)
 IS_ANON = bytes(mark == ANON for mark in range(256))
-IS_MARKED = bytes(mark not in (NEW, UNREAL) for mark in range(256))
-PART = 1 << 16  # so many PFNs are looked at in one go
+GROWTH = 1 << 20  # so many marks are added at a time
+PART = 1 << 12  # so many marks are looked at in one go
+UNMARKED = bytes(PART)
+MARKED = re.compile(rb"[^\0]+(?:\0{1,32}[^\0]+)*")  # PFNs whose kpagecount to read in one call
+
+
+def octets(lanes: int) -> bytes:
+    return lanes.to_bytes(LANES, "little")
+
+
+def whole_lanes(lanes: int) -> int:
+    return (lanes << 1) - (lanes >> 7)  # where 0x80 was, 0xFF
+
+
+def huge_page(entry: int) -> bytes:
+    """The entries of a PMD-mapped huge page that begin with this one."""
+    return (RAMP + entry * ONES).to_bytes(PMD_PAGES * WORD, "little")
+
+
+def lazy_bytes(size: int) -> mmap.mmap:
+    """Zeros that take memory only once they are written to."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 class Block:
     """What is known of LANES neighbouring pages: which number each was first met with.
 
     A lane is one page's byte in an integer of LANES bytes, so that one operation
-    treats all pages.  `known` has 0x80 in the lanes that have a number;
-    `planes` are the numbers: all lanes' lowest bytes, then the next.  `mapped` counts
-    how often the set maps each; its first is put by before a lane could overflow.
+    treats all pages; a lane is marked by 0x80.  `known` marks those that have a number;
+    `planes` are the numbers: all lanes' lowest bytes, then the next.  `inside` counts
+    how often the set maps each: in binary, all lanes' lowest digits, then the next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mark: int) -> None:
+        self.mark = mark  # of its numbers
         self.known = 0
         self.planes = [0] * NUMBER_BYTES
-        self.mapped: tuple[int, ...] = (0,)
-        self.times = 0  # that mapped[0] was added to
+        self.inside: list[int] = []
         self.last: tuple[int | None, int] = None, 0  # hash of entries all known, their lanes
 
     def numbers(self, lanes: int) -> list[int]:
@@ -529,20 +549,54 @@ class Block:
         length = (lanes.bit_length() + 7) // 8
         words = bytearray(length * WORD)
         for i, plane in enumerate(self.planes):
-            words[i::WORD] = plane.to_bytes(LANES, "little")[:length]
-        return list(compress(numbers_of(bytes(words)), lanes.to_bytes(length, "little")))
+            if plane:
+                words[i::WORD] = octets(plane)[:length]
+        return list(compress(numbers_of(bytes(words)), octets(lanes)))
 
-    def inside(self) -> list[int]:
-        """How often the set maps each of the known numbers."""
-        length = (self.known.bit_length() + 7) // 8
-        lanes = self.known.to_bytes(length, "little")
-        each = [compress(one.to_bytes(length, "little"), lanes) for one in self.mapped]
-        return list(map(sum, zip(*each))) if len(each) > 1 else list(each[0])
+    def same(self, planes: list[int], lanes: int) -> int:
+        """Those of the lanes that are known, and have the same numbers here as there."""
+        lanes &= self.known
+        if lanes:
+            differ = 0
+            for one, other in zip(planes, self.planes):
+                differ |= one ^ other
+            differ |= (differ & SEVENS) + SEVENS  # the top bit tells that a lane is not 0
+            lanes &= ~differ
+        return lanes
 
+    def enter(self, planes: list[int], lanes: int) -> None:
+        """Know these numbers, in lanes not known before."""
+        whole = whole_lanes(lanes)
+        self.planes = [old | new & whole for old, new in zip(self.planes, planes)]
+        self.known |= lanes
 
-def lazy_bytes(size: int) -> mmap.mmap:
-    """Zeros that take memory only once they are written to."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    def forget(self, lanes: int) -> None:
+        whole = whole_lanes(lanes)
+        self.planes = [plane & ~whole for plane in self.planes]
+        self.known &= ~lanes
+        self.last = None, 0
+
+    def add_inside(self, lanes: int) -> None:
+        """Once more, the set maps these lanes."""
+        for i, digit in enumerate(self.inside):
+            self.inside[i], lanes = digit ^ lanes, digit & lanes
+            if not lanes:
+                return
+        self.inside.append(lanes)
+
+    def mappings(self) -> int:
+        """How often the set maps all of them together."""
+        return sum(octets(digit).count(0x80) << i for i, digit in enumerate(self.inside))
+
+    def settled(self, mapcounts: list[int]) -> int:
+        """How many known pages the set maps so often, or more, given a count for each."""
+        if sum(mapcounts) == self.mappings():  # the set maps none more often than all do
+            return len(mapcounts)
+        inside = [0] * len(mapcounts)
+        for digit in reversed(self.inside):
+            ones = compress(octets(digit), octets(self.known))
+            inside = [2 * number + (one >> 7) for number, one in zip(inside, ones)]
+        return sum(map(int.__le__, mapcounts, inside))
 
 
 class Ledger:
@@ -561,169 +615,139 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.blocks: defaultdict[tuple[bytes | None, int], Block] = defaultdict(Block)
-        self.marks = lazy_bytes(PART)  # a byte for each number; see reach()
-        self.parts: set[int] = set()  # PARTs of it that may have others than NEW
-        self.claimed: set[int] = set()  # huge pages (PFN // PMD_PAGES) counted whole, unmarked
+        self.blocks: dict[Place, Block] = {}
+        self.marks = lazy_bytes(GROWTH)  # a byte for each number; see reach()
+        self.claimed: list[int] = []  # first PFNs of PRIVATE huge pages
         self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
-        self.mappings = 0  # of ANON numbers, not as strays
         self._begin()
 
     def _begin(self) -> None:
-        # Of the current process: what Blocks were before it, lanes in which it equals
-        # them, strays, those of them that were new, and huge pages it claimed.
-        self.before: dict[Block, Any] = {}
-        self.own: Counter[Block] = Counter()
+        # Of the current process: lanes in which it equals Blocks, and those it entered;
+        # strays, and those that were new; huge pages; how many numbers were new.
+        self.own: defaultdict[Block, list[int]] = defaultdict(list)
+        self.entered: list[tuple[Block, int]] = []
         self.strays: Counter[int] = Counter()
         self.homeless: list[int] = []
-        self.claims: set[int] = set()
-        self.matched = self.new = self.mapped = 0
+        self.claims: list[int] = []
+        self.new = 0
 
-    def add(self, words: bytes, lanes: bytes, place: Any, unreal: Unreal) -> None:
-        """Take in those entries of the process that `lanes` marks with 0x80.
+    def reach(self, number: int) -> None:
+        """Have marks for numbers up to this one."""
+        if number >= len(self.marks):
+            self.marks.resize((number // GROWTH + 1) * GROWTH)
 
-        They begin at `place`: a file, or None for the address space, and a page in it.
-        `unreal` tells which of some numbers are not memory, or marks them as UNREAL.
+    def add(self, words: bytes, lanes: bytes, place: Place, is_memory: IsMemory = None) -> None:
+        """Take in those entries of the process that `lanes` marks; they begin at `place`.
+
+        Numbers that nobody had before must pass `is_memory`, if it is given.
         """
         file, index = place
         for start in range(-(index % LANES), len(lanes), LANES):
             first, end = max(start, 0), start + LANES
             here = lanes[first:end]
             if 0x80 in here:
-                block = self.blocks[file, (index + first) // LANES]
+                key = file, (index + first) // LANES
+                if key not in self.blocks:
+                    self.blocks[key] = Block(ANON if file is None else IN_FILE)
+                block = self.blocks[key]
                 part = words[first * WORD : end * WORD]
-                if block not in self.before:
-                    self.before[block] = vars(block).copy()
                 # Whatever equals what last was there, all entered, is so too.
-                key = hash((part, here, first - start))
-                if key != block.last[0]:
-                    mark = ANON if file is None else IN_FILE
-                    shift = 8 * (first - start)
-                    wanted, same = self._match(block, shift, part, here, unreal, mark)
-                    block.last = (key if wanted == same else None), same
-                self._count(block, block.last[1], file is None)
-
-    def _count(self, block: Block, lanes: int, anonymous: bool) -> None:
-        """Note that the process maps these lanes, as they are known."""
-        if block.times == 255:
-            block.mapped, block.times = (0, *block.mapped), 0
-        block.mapped = (block.mapped[0] + (lanes >> 7), *block.mapped[1:])
-        block.times += 1
-        number = lanes.to_bytes(LANES, "little").count(0x80)
-        again = lanes & self.own[block]
-        self.matched += number - (again.to_bytes(LANES, "little").count(0x80) if again else 0)
-        self.mapped += number if anonymous else 0
-        self.own[block] |= lanes
+                content = hash((part, here, first - start))
+                if content != block.last[0]:
+                    wanted = int.from_bytes(here, "little") << 8 * (first - start)
+                    same = self._match(block, wanted, part, 8 * (first - start), is_memory)
+                    block.last = (content if wanted == same else None), same
+                self.own[block].append(block.last[1])
 
     def _match(
-        self, block: Block, shift: int, words: bytes, lanes: bytes, unreal: Unreal, mark: int
-    ) -> tuple[int, int]:
-        """Compare entries with a Block, and enter in it what is new.
-
-        Lanes that are marked, and those of them in which the process now equals the Block.
-        """
-        wanted = int.from_bytes(lanes, "little") << shift
+        self, block: Block, wanted: int, words: bytes, shift: int, is_memory: IsMemory
+    ) -> int:
+        """Compare entries with a Block, and enter what is new; lanes in which they are equal."""
         planes = [int.from_bytes(words[i::WORD], "little") << shift for i in range(NUMBER_BYTES)]
-        same = wanted & block.known
-        if same:
-            differ = functools.reduce(int.__or__, map(int.__xor__, planes, block.planes))
-            differ |= (differ & SEVENS) + SEVENS  # the top bit tells that a lane is not 0
-            same ^= same & differ
-        if same != wanted:
-            entered = self._enter(wanted ^ same, block.known, shift, words, unreal, mark)
-            fill = (entered << 1) - (entered >> 7)  # all ones in the lanes that have their top bit
-            block.planes = [old | (new & fill) for old, new in zip(block.planes, planes)]
-            block.known |= entered
-            same |= entered
-        return wanted, same
+        same = block.same(planes, wanted)
+        if same == wanted:
+            return same
+        chosen = octets(wanted ^ same)[shift // 8 :]
+        taken = octets((wanted ^ same) & block.known)[shift // 8 :]
+        entered = self._enter(block.mark, chosen, taken, words, is_memory)
+        new = int.from_bytes(entered, "little") << shift
+        if new:
+            block.enter(planes, new)
+            self.entered.append((block, new))
+        return same | new
 
     def _enter(
-        self, lanes: int, known: int, shift: int, words: bytes, unreal: Unreal, mark: int
-    ) -> int:
-        """Mark the numbers in these lanes, which differ from their Block; lanes to take them."""
-        length = len(words) // WORD
-        chosen = (lanes >> shift).to_bytes(length, "little")
-        taken = ((lanes & known) >> shift).to_bytes(length, "little")
+        self, home: int, chosen: bytes, taken: bytes, words: bytes, is_memory: IsMemory
+    ) -> bytes:
+        """Mark the chosen numbers; those to be entered, which nobody had, in lanes not taken."""
+        marks = self.marks
         numbers = numbers_of(words)
-        if 0 in chosen:
+        if chosen.count(0x80) < len(numbers):
             numbers = list(compress(numbers, chosen))
-        marks, not_memory = self.marks, unreal(numbers)
-        # The PART of a number is its upper bytes, of which mostly one only varies.
-        first, second, third = (words[n::WORD] for n in range(2, NUMBER_BYTES))
-        if not_memory:
-            parts = {number // PART for number in numbers if number not in not_memory}
-        elif second.count(second[0]) == third.count(third[0]) == length:
-            parts = {part + (second[0] << 8) + (third[0] << 16) for part in set(first)}
-        else:
-            parts = {number // PART for number in numbers}
-        self.reach(max(parts, default=0) * PART)
-        self.parts |= parts
-        if not (any(taken) or self.claimed or not_memory):
-            following = iter(numbers)
-            for number in following:  # the usual case, and the loop that costs most
-                if marks[number]:
-                    break
-                marks[number] = mark
-            else:
-                self.new += len(numbers)
-                return lanes
-            for entry in numbers[: -1 - len(list(following))]:
-                marks[entry] = NEW
-        entered = bytearray(length)
-        for i, number in zip(compress(count(), chosen), numbers):
-            known_as = marks[number] if number < len(marks) else UNREAL
-            if known_as == UNREAL:
-                continue
-            if known_as:
-                self.strays[number] += 1
-            elif number not in not_memory:
-                self.new += number // PMD_PAGES not in self.claimed
-                if taken[i]:
-                    marks[number] = HOMELESS
-                    self.strays[number] += 1
-                    self.homeless.append(number)
+        done = 0
+        if not is_memory and 0x80 not in taken:
+            left = iter(numbers)
+            try:
+                for number in left:  # the usual case, and the loop that costs most
+                    if marks[number]:
+                        break
+                    marks[number] = home
                 else:
-                    marks[number] = mark
-                    entered[i] = 0x80
-        return int.from_bytes(entered, "little") << shift
-
-    def reach(self, number: int) -> None:
-        """Have marks up to the end of the number's PART."""
-        end = (number // PART + 1) * PART
-        if end > len(self.marks):
-            self.marks.resize(end)
+                    self.new += len(numbers)
+                    return chosen
+            except IndexError:  # beyond what marks reach
+                pass
+            self.new += (done := len(numbers) - len(list(left)) - 1)
+        self.reach(max(numbers))
+        entered = bytearray(chosen)
+        for at, number in islice(zip(compress(count(), chosen), numbers), done, None):
+            mark = marks[number]
+            if not mark and (not is_memory or is_memory(number)):
+                self.new += 1
+                mark = marks[number] = STRAY if taken[at] else home
+                if mark == home:
+                    continue
+                self.homeless.append(number)
+            entered[at] = 0
+            if mark not in (0, UNREAL):
+                self.strays[number] += 1
+        return bytes(entered)
 
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
+        self.reach(first + PMD_PAGES - 1)
         if any(self.marks[first : first + PMD_PAGES]):
             return False
-        self.reach(first)
-        self.parts.add(first // PART)
-        self.claims.add(first // PMD_PAGES)
-        self.claimed.add(first // PMD_PAGES)
+        self.marks[first : first + PMD_PAGES] = bytes([CLAIMED]) * PMD_PAGES
+        self.claims.append(first)
         return True
 
     def commit(self) -> tuple[int, int]:
         """End a process: how many different numbers it has, and how many nobody had before."""
-        distinct = self.matched + len(self.strays)
-        at_home = {number for number in self.strays if self.marks[number] != HOMELESS}
-        if at_home:
-            for block, lanes in self.own.items():
-                distinct -= len(at_home.intersection(block.numbers(lanes)))
+        distinct, astray = 0, set(self.strays)
+        at_home = any(self.marks[number] in (ANON, IN_FILE) for number in astray)
+        for block, every in self.own.items():
+            lanes = functools.reduce(int.__or__, every)
+            distinct += octets(lanes).count(0x80)
+            for each in every:
+                block.add_inside(each)
+            if at_home:
+                astray.difference_update(block.numbers(lanes))
         self.astray.update(self.strays)
-        self.mappings += self.mapped
-        result = distinct, self.new
+        self.claimed += self.claims
+        result = distinct + len(astray), self.new
         self._begin()
         return result
 
     def rollback(self) -> None:
         """Forget what came from the current process."""
-        for block, state in self.before.items():
-            self.homeless += block.numbers(block.known ^ state["known"])
-            vars(block).update(state)
+        for block, lanes in self.entered:
+            self.homeless += block.numbers(lanes)
+            block.forget(lanes)
         for number in self.homeless:
-            self.marks[number] = NEW
-        self.claimed -= self.claims
+            self.marks[number] = 0
+        for first in self.claims:
+            self.marks[first : first + PMD_PAGES] = bytes(PMD_PAGES)
         self._begin()
 
 
@@ -738,117 +762,113 @@ class Census:
         self.kernel = kernel
         self.frames, self.slots = Ledger(), Ledger()
         self.private = 0  # PRIVATE frames
-        self.huge_unreal: set[int] = set()  # huge pages (PFN // PMD_PAGES) that are no memory
-        # To know processes that share their memory (vfork, CLONE_VM) by: for each first
-        # mapping and page of a PRIVATE frame, by PFN, what its process counted.
-        self.witnesses: defaultdict[Any, dict[int, dict[int, Count]]] = defaultdict(dict)
+        for pfn in kernel.zero_pages:
+            self.frames.reach(pfn)
+            self.frames.marks[pfn] = UNREAL
+        # To know processes that share their memory (vfork, CLONE_VM) by: page and PFN of
+        # the first PRIVATE frame, to PID and what was counted.
+        self.witnesses: dict[tuple[int, int], tuple[int, Count]] = {}
 
-    def process(self, reading: Reading, chunks: Iterable[Chunk]) -> tuple[Count, Counter[bytes]]:
-        """Count one process, and wait for its usage; chunks come in order of address.
+    def process(
+        self, pid: int, reading: Reading, chunks: Iterable[Chunk]
+    ) -> tuple[Count, Counter[bytes]]:
+        """Count one process, and wait for its figures; chunks come in order of address.
 
         If either raises an error, it is as if the process had never been met.
         """
-        if not (reading.frames and reading.pieces):
-            return Count(0, 0, 0, 0), reading.usage()
-        family = self.witnesses[reading.pieces[0][:4]]
-        for page, counts in family.items():
-            twin = counts.get(reading.private_frame(page))
-            if twin:
-                return twin._replace(new_frames=0, new_slots=0), reading.usage()
-        private = 0
-        witness = None
+        files = [vma for vma in reading.vmas if vma.file]
+        private, witness = 0, None
         try:
-            for chunk in chunks:
-                kinds = self._kinds(chunk)
+            for start, words in chunks:
+                kinds = self._kinds(start, words)
                 alone = kinds.count(PRIVATE)
                 if alone and not witness:
                     at = kinds.index(PRIVATE)
-                    witness = chunk.start + at, number_of(chunk.words, at)
+                    witness = start + at, numbers_of(words[at * WORD : (at + 1) * WORD])[0]
+                    twin = self._twin(witness, reading)
+                    if twin:
+                        self.rollback()
+                        return twin._replace(new_frames=0, new_slots=0), reading.figures()
                 private += alone
                 if alone + kinds.count(NOTHING) < len(kinds):
-                    device = self._device if chunk.piece.file else self._zero
-                    self._shared(chunk, kinds, self._huge_zero, device, no_swap)
-            kib = reading.usage()
+                    self._shared(start, words, kinds, files)
+            figures = reading.figures()
         except BaseException:
-            self.frames.rollback()
-            self.slots.rollback()
+            self.rollback()
             raise
         frames, new_frames = self.frames.commit()
         result = Count(private + frames, private + new_frames, *self.slots.commit())
         self.private += private
         if witness:
-            family.setdefault(witness[0], {})[witness[1]] = result
-        return result, kib
+            self.witnesses[witness] = pid, result
+        return result, figures
 
-    def visit_itself(self) -> None:
-        """Note what memuse maps of the set's files: it is not to be outside the set."""
-        files = {file for file, _ in self.frames.blocks}
-        with open(proc("self/maps"), "rb") as maps, open(proc("self/pagemap"), "rb") as pagemap:
-            for piece in pieces_of(parse_vmas(maps), Counter()):
-                if piece.file and piece.file in files:
-                    words = read_words(pagemap.fileno(), piece.start, piece.end - piece.start)
-                    kinds = words[FLAGS::WORD].translate(KINDS)
-                    # What is not known yet is as good as unreal.
-                    self._shared(Chunk(piece, piece.start, words), kinds, set, set, set)
-        self.frames.commit()
-        self.slots.commit()
+    def rollback(self) -> None:
+        self.frames.rollback()
+        self.slots.rollback()
 
-    def _kinds(self, chunk: Chunk) -> bytes:
+    def _twin(self, witness: tuple[int, int], reading: Reading) -> Count | None:
+        """What was counted for a process that has the same PRIVATE frame at this moment."""
+        pid, counted = self.witnesses.get(witness, (0, None))
+        if counted:
+            page = witness[0]
+            with contextlib.suppress(OSError), open(proc(f"{pid}/pagemap"), "rb") as pagemap:
+                there = read_words(pagemap.fileno(), page, 1)
+                if there == read_words(reading.pagemap, page, 1) != b"":
+                    return counted if KINDS[there[FLAGS]] == PRIVATE else None
+        return None
+
+    def _kinds(self, start: int, words: bytes) -> bytes:
         """What each entry stands for; PRIVATE only if it is.
 
         EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have
         its first page's bit (before 6.11, and seen again in 6.18), while others may
-        have its other pages, having copied or given up the first after a fork.
+        have its other pages, having copied or given up the first after a fork.  And
+        the huge zero page, which always comes whole, passes for a file's.
         """
-        kinds: bytes = chunk.words[FLAGS::WORD].translate(KINDS)
-        if PRIVATE not in kinds:
-            return kinds
-        for at in range(-chunk.start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
-            if (
-                kinds[at] == PRIVATE
-                and int.from_bytes(chunk.words[at * WORD : at * WORD + 2], "little") % PMD_PAGES
-                == 0
-            ):
-                page = chunk.words[at * WORD : (at + PMD_PAGES) * WORD]
-                first = unpack(page[:WORD])[0]
-                if page != struct.pack(f"<{PMD_PAGES}Q", *range(first, first + PMD_PAGES)):
-                    continue  # mapped page by page, each with its own bit
-                if not self.frames.claim(first & NUMBER_MASK):
-                    kinds = kinds[:at] + bytes([SHARED]) * PMD_PAGES + kinds[at + PMD_PAGES :]
+        kinds = words[FLAGS::WORD].translate(KINDS)
+        for at in range(-start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
+            kind = kinds[at]
+            if kind not in (PRIVATE, OF_FILE):
+                continue
+            entry = int.from_bytes(words[at * WORD : (at + 1) * WORD], "little")
+            pfn = entry & NUMBER_MASK
+            if pfn % PMD_PAGES or words[at * WORD : (at + PMD_PAGES) * WORD] != huge_page(entry):
+                continue
+            if kind == PRIVATE and not self.frames.claim(pfn):
+                kind = SHARED
+            elif kind == OF_FILE and self.kernel.has_flag(pfn, KPF_ZERO_PAGE):
+                kind = NOTHING
+            kinds = kinds[:at] + bytes([kind]) * PMD_PAGES + kinds[at + PMD_PAGES :]
         return kinds
 
-    def _shared(
-        self, chunk: Chunk, kinds: bytes, of_file: Unreal, shared: Unreal, in_swap: Unreal
-    ) -> None:
-        piece, start, words = chunk
-        in_file = piece.file, piece.offset + start - piece.start
-        for kind, ledger, place, unreal in (
-            (OF_FILE, self.frames, in_file, of_file),
-            (SHARED, self.frames, (None, start), shared),
-            (IN_SWAP, self.slots, (None, start), in_swap),
-        ):
-            if kind in kinds:
-                ledger.add(words, kinds.translate(LANES_OF[kind]), place, unreal)
+    def _shared(self, start: int, words: bytes, kinds: bytes, files: list[Vma]) -> None:
+        """Take in what is not PRIVATE: what lies in files' VMAs by its place in the file."""
+        rest = bytearray(kinds)
+        for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
+            vma = files[i]
+            if vma.start >= start + len(kinds):
+                break
+            first, end = max(0, vma.start - start), max(0, vma.end - start)
+            part = kinds[first:end]
+            if part.count(NOTHING) + part.count(PRIVATE) < len(part):
+                place = vma.file, vma.offset + start + first - vma.start
+                self._add(words[first * WORD : end * WORD], part, place, start + first)
+                rest[first:end] = bytes(len(part))
+        self._add(words, bytes(rest), (None, start), start)
 
-    def _huge_zero(self, numbers: list[int]) -> set[int]:
-        # The huge zero page passes for a file's.  It comes whole, its first page first.
-        for number in numbers:
-            if number % PMD_PAGES == 0 and self.kernel.flags_of(number) & KPF_NO_MEMORY:
-                self.huge_unreal.add(number // PMD_PAGES)
-        if not self.huge_unreal:
-            return set()
-        return {number for number in numbers if number // PMD_PAGES in self.huge_unreal}
-
-    def _zero(self, numbers: list[int]) -> set[int]:
-        for number in self.kernel.zero_pages:
-            self.frames.reach(number)
-            self.frames.marks[number] = UNREAL
-        return set()
-
-    def _device(self, numbers: list[int]) -> set[int]:
-        # What the VMA of a file has without being the file's is a process's own copy,
-        # or device memory.  Flags change, so nothing is remembered.
-        return {number for number in numbers if not self.kernel.flags_of(number) & KPF_ANON}
+    def _add(self, words: bytes, kinds: bytes, place: Place, page: int) -> None:
+        if OF_FILE in kinds:
+            self.frames.add(words, kinds.translate(LANES_OF[OF_FILE]), place)
+        if SHARED in kinds:
+            # What a file's VMA has without being the file's is a process's own copy, or
+            # device memory.
+            check = functools.partial(self.kernel.has_flag, flag=KPF_ANON) if place[0] else None
+            self.frames.add(words, kinds.translate(LANES_OF[SHARED]), (None, page), check)
+        if IN_SWAP in kinds:
+            swapped = int.from_bytes(kinds.translate(LANES_OF[IN_SWAP]), "little")
+            real = int.from_bytes(words[::WORD].translate(LANES_OF_SWAP), "little")
+            self.slots.add(words, (swapped & real).to_bytes(len(kinds), "little"), (None, page))
 
     def alone(self, readers: Readers) -> int:
         """How many frames have in the set all the mappings that the kernel knows of.
@@ -856,57 +876,58 @@ class Census:
         Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
         """
         frames, marks = self.frames, self.frames.marks
-        for huge in frames.claimed:
-            page = slice(huge * PMD_PAGES, (huge + 1) * PMD_PAGES)
-            marks[page] = marks[page].replace(bytes([NEW]), bytes([CLAIMED]))
+        self._visit_itself()
+        anon = 0
         mapcounts = memoryview(lazy_bytes(4 * len(marks))).cast("I")
-        reads = readers.ahead((functools.partial(self._mapcounts, n) for n in frames.parts), 4)
-        mapped = 0
-        for first, run, of_anon in chain.from_iterable(result() for result in reads):
-            mapcounts[first : first + len(run)] = run
-            mapped += of_anon
+        calls = [functools.partial(self._mapcounts, at) for at in range(0, len(marks), 16 * PART)]
+        for runs in readers.ahead(calls, 4):
+            for first, run, of_anon in runs():
+                mapcounts[first : first + len(run)] = run
+                anon += of_anon
         # What is left when mappings that no Block knows of are taken off:
-        alone = others = 0
-        for huge in frames.claimed:
-            for number in range(huge * PMD_PAGES, (huge + 1) * PMD_PAGES):
-                mapcounts[number] -= min(1, mapcounts[number])
-                others += marks[number] == ANON
-                alone += marks[number] == CLAIMED and not mapcounts[number]
         for number, times in frames.astray.items():
             mapcounts[number] -= min(times, mapcounts[number])
-            others += times if marks[number] == ANON else 0
-            alone += marks[number] == HOMELESS and not mapcounts[number]
-        # No frame has more mappings in the set than in all: if the sums are equal, so is each.
-        all_anon = mapped == frames.mappings + others
-        for (file, _), block in frames.blocks.items():
-            if file is None and all_anon:
-                alone += block.known.to_bytes(LANES, "little").count(0x80)
+            anon -= times if marks[number] == ANON else 0
+        alone = self.private
+        for first in frames.claimed:
+            alone -= sum(count > 1 for count in mapcounts[first : first + PMD_PAGES])
+        alone += sum(marks[number] == STRAY and not mapcounts[number] for number in frames.astray)
+        blocks = frames.blocks.values()
+        # If all mappings are those of the set together, they are so for each.
+        all_anon = anon == sum(block.mappings() for block in blocks if block.mark == ANON)
+        for block in blocks:
+            if all_anon and block.mark == ANON:
+                alone += octets(block.known).count(0x80)
                 continue
-            inside = block.inside()
-            counts = [mapcounts[number] for number in block.numbers(block.known)]
-            alone += len(inside) if counts == inside else sum(map(operator.le, counts, inside))
-        return alone + self.private - PMD_PAGES * len(frames.claimed)
+            alone += block.settled([mapcounts[number] for number in block.numbers(block.known)])
+        return alone
 
-    def _mapcounts(self, part: int) -> list[tuple[int, array.array[int], int]]:
-        """For what is marked in a PART: the first PFN of a run, its mapcounts, those of ANONs."""
+    def _visit_itself(self) -> None:
+        """Count memuse's own mappings of the set's files: it is not to be outside the set."""
+        marks = self.frames.marks
+        for start, end, _, file in parse_vmas(read_file(proc("self/maps"))):
+            if file and start < VSYSCALL:
+                words = read_words(self.kernel.pagemap, start, end - start)
+                of_file = words[FLAGS::WORD].translate(KINDS).translate(LANES_OF[OF_FILE])
+                numbers = compress(numbers_of(words), of_file)
+                met = (number for number in numbers if number < len(marks))
+                self.frames.astray.update(n for n in met if marks[n] in (ANON, IN_FILE, STRAY))
+
+    def _mapcounts(self, start: int) -> list[tuple[int, Any, int]]:
+        """For what is marked from `start` on: first PFNs, their runs' mapcounts, those of ANON."""
         runs = []
-        start = part * PART
-        marks = self.frames.marks[start : start + PART]
-        met = marks.translate(IS_MARKED)
-        at = met.find(1)
-        while at >= 0:
-            # The kernel takes 0.1 us for each frame, and some 10 us go by for a call.
-            length = next(n for n in (512, 64, 1) if met.count(1, at, at + n) >= n / 16)
-            words = read_words(self.kernel.count, start + at, length)
-            run = array.array("I", unpack(words))
-            anon = marks[at : at + length].translate(IS_ANON)
-            runs.append((start + at, run, sum(compress(run, anon))))
-            at = met.find(1, at + length)
+        for part in range(start, min(start + 16 * PART, len(self.frames.marks)), PART):
+            marks = self.frames.marks[part : part + PART]
+            for run in MARKED.finditer(marks) if marks != UNMARKED else ():
+                first = part + run.start()
+                words = read_words(self.kernel.count, first, len(run[0]))
+                # Bytes are quick to add up, and few frames are mapped more often.
+                low = words[::WORD]
+                small = words.count(0) - low.count(0) == (WORD - 1) * len(low)
+                each: Iterable[int] = low if small else unpack(words)
+                of_anon = sum(compress(each, run[0].translate(IS_ANON)))
+                runs.append((first, low_halves(words), of_anon))
         return runs
-
-
-def no_swap(numbers: list[int]) -> set[int]:
-    return {number for number in numbers if number & SWAP_TYPE_MASK >= SWAP_TYPES}
 
 
 # ---- The set of processes -----------------------------------------------------
@@ -922,7 +943,7 @@ def process_tree(roots: list[int]) -> list[Node]:
     children = defaultdict(list)
     for pid in sorted({*psutil.pids()} - {own_pid()}):
         with contextlib.suppress(*VANISHED):
-            stats[pid] = read_stat(proc(f"{pid}/stat"))
+            stats[pid] = parse_stat(read_file(proc(f"{pid}/stat")))
             children[stats[pid].ppid].append(pid)
     for root in roots:
         if root not in stats:
@@ -972,46 +993,51 @@ Report = namedtuple("Report", "rows total skipped exited")
 
 
 def measure(
-    roots: list[int], wanted: set[str], kernel: Kernel, progress: Callable[[str], None]
+    roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Callable[[str], None]
 ) -> Report:
     """Count the processes with these PIDs and their descendants, as one set.
 
     Error if a root is not there, or ends before it is read.
     """
     nodes = process_tree(roots)
-    census, readers = Census(kernel), Readers()
+    census, readers = kernel and Census(kernel), Readers()
     rows: list[Row] = []
     skipped: dict[int, str] = {}
     exited = slots = pages = 0
 
     def chunks(reading: Reading) -> Iterator[Chunk]:
         nonlocal pages
-        reads = readers.ahead((functools.partial(reading.read, b) for b in reading.batches), 6)
-        for batch in chain([reading.first], (result() for result in reads)):
-            yield from batch
-            pages += sum(len(chunk.words) for chunk in batch) // WORD
+        yield from reading.first
+        calls = (functools.partial(reading.read, batch) for batch in reading.batches)
+        for result in readers.ahead(calls, 6):
+            for start, words in result():
+                yield start, words
+                pages += len(words) // WORD
             progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
 
     starts = [functools.partial(Reading, node, kernel, wanted, readers) for node in nodes]
     for node, again, start in zip(nodes, starts, readers.ahead(starts, 4)):
-        pid = node.pid
+        progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
         for attempt in (start, again, again):
             try:
-                with contextlib.closing(attempt()) as reading:
-                    counted, kib = census.process(reading, chunks(reading))
+                reading = attempt()
+                if census:
+                    counted, kib = census.process(node.pid, reading, chunks(reading))
+                else:
+                    counted, kib = Count(0, 0, 0, 0), reading.figures()
             except VANISHED:
                 continue
             except OSError as error:
-                skipped[pid] = os.strerror(error.errno or 0)
+                skipped[node.pid] = os.strerror(error.errno or 0)
             else:
                 slots += counted.new_slots
                 rows.append(row_of(node, reading, counted, kib))
             break
         else:
-            if os.path.exists(proc(str(pid))):
-                skipped[pid] = "it changed whenever it was read"
-            elif pid in roots:
-                raise Error(f"process {pid} exited while it was being read")
+            if os.path.exists(proc(str(node.pid))):
+                skipped[node.pid] = "it changed whenever it was read"
+            elif node.pid in roots:
+                raise Error(f"process {node.pid} exited while it was being read")
             else:
                 exited += 1
 
@@ -1019,8 +1045,7 @@ def measure(
     total |= {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
     total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
     total |= {"swap": slots * PAGE_SIZE}
-    if "uss" in wanted and wanted & FROM_PAGEMAP:
-        census.visit_itself()
+    if census and "uss" in wanted:
         total["uss"] = census.alone(readers) * PAGE_SIZE
     return Report(rows, total, skipped, exited)
 
@@ -1231,7 +1256,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]
         raise Error("standard output is closed")
     columns = arguments.output or (IN_JSON if arguments.json else IN_TABLE).split(",")
     pids = " ".join(map(str, arguments.pids))
-    kernel = Kernel(not FROM_PAGEMAP.isdisjoint(columns), pids)
+    kernel = None if FROM_PAGEMAP.isdisjoint(columns) else Kernel(pids)
     report = measure(arguments.pids, set(columns), kernel, progress)
     if arguments.json:
         return report, as_json(report, columns) + "\n"

@@ -1243,6 +1243,7 @@ def entered(made_up: MadeUp) -> Iterator[None]:
     own = made_up.root / str(os.getpid())
     own.mkdir()
     (own / "pagemap").write_bytes(b"")
+    (own / "maps").symlink_to(f"/proc/{os.getpid()}/maps")
     (made_up.root / "self").symlink_to(own.name)
     inode = (own / "pagemap").stat().st_ino
     pread, path = os.pread, psutil.PROCFS_PATH
@@ -1352,38 +1353,39 @@ def test_page_sizes_and_byte_orders(kib: int, order: str, tmp_path: Path) -> Non
 
 # ---- Noise ----------------------------------------------------------------------
 
+MAPS = Path("/proc/self/maps").read_bytes().splitlines(keepends=True)[:60]
 SMAPS = Path("/proc/self/smaps").read_bytes().splitlines(keepends=True)[:120]
 HEADER = b"7f0000000000-7f0000001000 rw-p 00000000 00:00 0 \n"
 
 
-def parse(lines: list[bytes]) -> None:
-    """Well-formed areas, or the one expected error."""
-    try:
-        vmas = list(tool.parse_vmas(lines))
-    except tool.Error:
-        return
-    for vma in vmas:
-        assert isinstance(vma.start, int)
-        assert all(isinstance(kib, int) for kib in vma.kib.values())
+def parse(text: bytes) -> None:
+    """Well-formed areas and figures, or the one expected error."""
+    assert all(kib >= 0 for kib in tool.parse_figures(text).values())
+    with contextlib.suppress(tool.Error):
+        for vma in tool.parse_vmas(text):
+            assert isinstance(vma.start + vma.end + vma.offset, int)
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.binary(max_size=120)))
-@example([HEADER, b"Rss: " + b"9" * 5000 + b" kB\n"])  # int() refuses so many digits
-@example([HEADER, "Rss: ٣ kB\n".encode()])
-@example([HEADER, b"Rss: -4 kB\n"])
-@example([HEADER, b"Rss:\n", b":\n"])
+@example([b"Rss: " + b"9" * 5000 + b" kB\n"])  # int() refuses so many digits
+@example(["Rss: ٣ kB\n".encode()])
+@example([b"Rss: -4 kB\n"])
+@example([b"Rss:\n", b":\n"])
 @example([b"\n"])
-@example([b"f" * 17 + b"-0 rw-p 0 0:0 0\n"])
-def test_parser_takes_any_bytes(lines: list[bytes]) -> None:
-    parse(lines)
-    parse([HEADER, *lines])
+@example([b"f" * 5000 + b"-0 rw-p 0 0:0 0\n"])
+@example([b"1-2 rw-p " + b"f" * 5000 + b" 0:0 1\n"])
+@example([b"1-2 rw-p 00000000 00:00\n"])
+def test_parsers_take_any_bytes(lines: list[bytes]) -> None:
+    parse(b"".join(lines))
+    parse(HEADER + b"".join(lines))
+    parse(HEADER + b"".join(lines) + b"\n")
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
-def test_parser_takes_mutated_smaps(data: st.DataObject) -> None:
-    lines = list(SMAPS)
+def test_parsers_take_mutated_text(data: st.DataObject) -> None:
+    lines = list(data.draw(st.sampled_from([MAPS, SMAPS])))
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(lines) - 1))
         line = lines[at]
@@ -1402,13 +1404,17 @@ def test_parser_takes_mutated_smaps(data: st.DataObject) -> None:
             cut %= len(line)
             changed = line[cut] ^ 1 << data.draw(st.integers(0, 7))
             lines[at] = line[:cut] + bytes([changed]) + line[cut + 1 :]
-    parse(lines)
+    parse(b"".join(lines))
 
 
-def test_parser_takes_the_real_thing() -> None:
-    vmas = list(tool.parse_vmas(SMAPS))
-    assert len(vmas) == sum(b"-" in line.split()[0] for line in SMAPS)
-    assert sum(vma.kib[b"Rss"] for vma in vmas) == sum(
+def test_parsers_take_the_real_thing() -> None:
+    vmas = tool.parse_vmas(b"".join(MAPS))
+    pages = [
+        [int(address, 16) // tool.PAGE_SIZE for address in line.split()[0].split(b"-")]
+        for line in MAPS
+    ]
+    assert sum(vma.end - vma.start for vma in vmas) == sum(end - start for start, end in pages)
+    assert tool.parse_figures(b"".join(SMAPS))[b"Rss"] == sum(
         int(line.split()[1]) for line in SMAPS if line.startswith(b"Rss:")
     )
 

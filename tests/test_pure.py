@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
-from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -15,11 +13,47 @@ import memuse
 
 PAGE = memuse.PAGE_SIZE
 
-SMAPS = b"""\
+MAPS = b"""\
 55d0c0a00000-55d0c0a03000 r--p 00001000 fe:00 1234                       /usr/bin/a b\\012 (deleted)
+55d0c0a03000-55d0c0a05000 r-xp 00004000 fe:00 1234                       /usr/bin/a b\\012 (deleted)
+55d0c0a05000-55d0c0a06000 r--p 00005000 fe:00 1234                       /usr/bin/a b\\012 (deleted)
+55d0c0a06000-55d0c0a07000 rw-p 00006000 fe:00 4321                       /usr/bin/b
+7f0000000000-7f0000001000 rw-p 00000000 00:00 0
+7f0000001000-7f0000002000 ---p 00000000 00:00 0
+7f0000003000-7f0000004000 rw-p 00000000 00:00 0                          [heap]
+7f0000004000-7f0000005000 rw-s 00000000 00:00 0                          [anon_shmem:a b]
+7ffd00000000-7ffd00002000 r--p 00000000 00:00 0                          [vvar]
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+"""
+
+
+def test_vmas_go_on_where_addresses_and_places_in_files_do() -> None:
+    assert memuse.parse_vmas(MAPS) == [
+        (0x55D0C0A00, 0x55D0C0A05, 1, b"fe:00 1234"),
+        (0x55D0C0A05, 0x55D0C0A06, 5, b"fe:00 1234"),
+        (0x55D0C0A06, 0x55D0C0A07, 6, b"fe:00 4321"),
+        (0x7F0000000, 0x7F0000002, 0x7F0000000, None),
+        (0x7F0000003, 0x7F0000004, 0x7F0000003, None),
+        (0x7F0000004, 0x7F0000005, 0, b"[anon_shmem:a b]"),
+        (0x7FFD00000, 0x7FFD00002, 0, b"[vvar]"),
+        (0xFFFFFFFFFF600, 0xFFFFFFFFFF601, 0, b"[vsyscall]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", [b"Rss: 1 kB\n", b"\n", b"nonsense\n", b"1-x r--p 0 0:0 0\n", b"1-2 r--p 0\n"]
+)
+def test_other_lines_are_errors(line: bytes) -> None:
+    with pytest.raises(memuse.Error, match="list of mappings"):
+        memuse.parse_vmas(line)
+
+
+SMAPS = b"""\
+55d0c0a00000-55d0c0a03000 r--p 00001000 fe:00 1234                       /usr/bin/Rss: 9 kB
 Size:                 12 kB
 Rss:                  11 kB
 Pss:                  10 kB
+Pss_Dirty:            99 kB
 Private_Clean:         9 kB
 Private_Dirty:         8 kB
 Private_Hugetlb:       7 kB
@@ -28,55 +62,15 @@ Swap:                  5 kB
 THPeligible:           0
 VmFlags: rd mr mw me
 7f0000000000-7f0000001000 rw-p 00000000 00:00 0
-Rss:                   0 kB
-Swap:                  4 kB
-7f0000001000-7f0000002000 ---p 00000000 00:00 0
-Rss:                   0 kB
-Swap:                  0 kB
-7f0000003000-7f0000004000 rw-p 00000000 00:00 0                          [heap]
-Shared_Hugetlb:      100 kB
-7ffd00000000-7ffd00002000 r--p 00000000 00:00 0                          [vvar]
-Rss:                   0 kB
-Swap:                  0 kB
-ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+Rss:                   4 kB
+Private_Dirty:         1 kB
 """
 
 
-def lines(text: bytes) -> list[bytes]:
-    return text.splitlines(keepends=True)
-
-
-def test_vmas_of_smaps() -> None:
-    first, *_, vvar, vsyscall = memuse.parse_vmas(lines(SMAPS))
-    assert first[:4] == (0x55D0C0A00, 0x55D0C0A03, 1, b"fe:00 1234")
-    assert first.kib == {
-        b"Size": 12, b"Rss": 11, b"Pss": 10, b"Private_Clean": 9, b"Private_Dirty": 8,
-        b"Private_Hugetlb": 7, b"Shared_Hugetlb": 6, b"Swap": 5,
+def test_figures_are_sums_over_vmas() -> None:
+    assert memuse.parse_figures(SMAPS) == {
+        b"Rss": 15, b"Pss": 10, b"Private_Clean": 9, b"Private_Dirty": 9, b"Private_Hugetlb": 7,
     }  # fmt: skip
-    assert vvar.file == b"[vvar]"
-    assert vsyscall[:2] == (0xFFFFFFFFFF600, 0xFFFFFFFFFF601)
-
-
-def test_pieces_are_vmas_that_hold_something() -> None:
-    kib: Counter[bytes] = Counter()
-    pieces = memuse.pieces_of(memuse.parse_vmas(lines(SMAPS)), kib)
-    assert [piece[:4] for piece in pieces] == [
-        (0x55D0C0A00, 0x55D0C0A03, 1, b"fe:00 1234"),
-        (0x7F0000000, 0x7F0000004, 0x7F0000000, None),  # over the hole between
-    ]
-    assert (kib[b"Rss"], kib[b"Swap"], kib[b"Shared_Hugetlb"]) == (11, 9, 106)
-
-
-def test_maps_tell_nothing_of_what_is_in_a_vma() -> None:
-    maps = [line for line in lines(SMAPS) if re.match(b"[0-9a-f]+-", line)]
-    pieces = memuse.pieces_of(memuse.parse_vmas(maps), Counter())
-    assert [piece.file for piece in pieces] == [b"fe:00 1234", None, b"[vvar]"]
-
-
-@pytest.mark.parametrize("line", [b"Rss: 1 kB\n", b"\n", b"nonsense\n", b"1-x r--p 0 0:0 0\n"])
-def test_other_lines_are_errors(line: bytes) -> None:
-    with pytest.raises(memuse.Error, match="list of mappings"):
-        list(memuse.parse_vmas([line]))
 
 
 def test_stat_of_a_process_with_an_evil_name() -> None:
@@ -109,13 +103,13 @@ def test_kinds_of_entries(flags: int, kind: int) -> None:
 def test_numbers_of_entries_are_without_flags() -> None:
     entries = [(1 << 63 | 1 << 61 | 1 << 55 | 0x12345_6789A), (1 << 62 | 3 | 77 << 5)]
     words = b"".join(entry.to_bytes(8, "little") for entry in entries)
-    assert memuse.number_of(words) == 0x12345_6789A & memuse.NUMBER_MASK
-    assert memuse.number_of(words, 1) == 3 + 77 * 32
+    assert memuse.numbers_of(words) == [0x12345_6789A & memuse.NUMBER_MASK, 3 + 77 * 32]
+    assert memuse.numbers_of(words[8:]) == [3 + 77 * 32]
 
 
 def test_swap_types_that_are_no_swap() -> None:
-    slots = [22 | 5 << 5, 23 | 5 << 5, 31 | 7 << 5]
-    assert memuse.no_swap(slots) == {23 | 5 << 5, 31 | 7 << 5}
+    slots = bytes([22 | 5 << 5, 23 | 5 << 5, 31, 0])
+    assert slots.translate(memuse.LANES_OF_SWAP) == bytes([0x80, 0, 0, 0x80])
 
 
 @pytest.mark.parametrize(
