@@ -37,7 +37,7 @@ import threading
 import time
 from bisect import bisect
 from collections import Counter, defaultdict, deque, namedtuple
-from itertools import compress, count, islice
+from itertools import chain, compress, count, islice
 
 try:
     import fcntl
@@ -496,7 +496,6 @@ def batches_of(vmas: list[Vma], pagemap: int, scan: bool) -> Iterator[list[Span]
 LANES = 4 * PMD_PAGES
 ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
 RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
-SEVENS = int.from_bytes(b"\x7f" * LANES, "little")
 # Marks: entered in a Block by address, or by place in a file; met, but in no Block;
 # no memory; met as part of a PRIVATE huge page.
 ANON, IN_FILE, STRAY, UNREAL, CLAIMED = range(1, 6)
@@ -508,7 +507,7 @@ MARKED = re.compile(rb"[^\0]+(?:\0{1,32}[^\0]+)*")  # PFNs whose kpagecount to r
 
 
 def octets(lanes: int) -> bytes:
-    return lanes.to_bytes(LANES, "little")
+    return lanes.to_bytes((lanes.bit_length() + 7) // 8, "little")
 
 
 def whole_lanes(lanes: int) -> int:
@@ -546,12 +545,12 @@ class Block:
 
     def numbers(self, lanes: int) -> list[int]:
         """The numbers known in these lanes."""
-        length = (lanes.bit_length() + 7) // 8
-        words = bytearray(length * WORD)
+        marked = octets(lanes)
+        words = bytearray(len(marked) * WORD)
         for i, plane in enumerate(self.planes):
-            if plane:
-                words[i::WORD] = octets(plane)[:length]
-        return list(compress(numbers_of(bytes(words)), octets(lanes)))
+            octets_ = octets(plane)[: len(marked)]
+            words[i : len(octets_) * WORD : WORD] = octets_
+        return list(compress(numbers_of(bytes(words)), marked))
 
     def same(self, planes: list[int], lanes: int) -> int:
         """Those of the lanes that are known, and have the same numbers here as there."""
@@ -560,7 +559,8 @@ class Block:
             differ = 0
             for one, other in zip(planes, self.planes):
                 differ |= one ^ other
-            differ |= (differ & SEVENS) + SEVENS  # the top bit tells that a lane is not 0
+            sevens = lanes - (lanes >> 7)  # where 0x80 was, 0x7F
+            differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
             lanes &= ~differ
         return lanes
 
@@ -594,7 +594,7 @@ class Block:
             return len(mapcounts)
         inside = [0] * len(mapcounts)
         for digit in reversed(self.inside):
-            ones = compress(octets(digit), octets(self.known))
+            ones = compress(octets(digit).ljust(LANES, b"\0"), octets(self.known))
             inside = [2 * number + (one >> 7) for number, one in zip(inside, ones)]
         return sum(map(int.__le__, mapcounts, inside))
 
@@ -667,8 +667,8 @@ class Ledger:
         same = block.same(planes, wanted)
         if same == wanted:
             return same
-        chosen = octets(wanted ^ same)[shift // 8 :]
-        taken = octets((wanted ^ same) & block.known)[shift // 8 :]
+        other = (wanted ^ same) >> shift
+        chosen, taken = octets(other), octets(other & block.known >> shift)
         entered = self._enter(block.mark, chosen, taken, words, is_memory)
         new = int.from_bytes(entered, "little") << shift
         if new:
@@ -704,7 +704,7 @@ class Ledger:
             mark = marks[number]
             if not mark and (not is_memory or is_memory(number)):
                 self.new += 1
-                mark = marks[number] = STRAY if taken[at] else home
+                mark = marks[number] = STRAY if at < len(taken) and taken[at] else home
                 if mark == home:
                     continue
                 self.homeless.append(number)
@@ -1005,19 +1005,21 @@ def measure(
     skipped: dict[int, str] = {}
     exited = slots = pages = 0
 
+    def show() -> None:
+        progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
+
     def chunks(reading: Reading) -> Iterator[Chunk]:
         nonlocal pages
-        yield from reading.first
         calls = (functools.partial(reading.read, batch) for batch in reading.batches)
-        for result in readers.ahead(calls, 6):
+        for result in chain([lambda: reading.first], readers.ahead(calls, 6)):
             for start, words in result():
                 yield start, words
                 pages += len(words) // WORD
-            progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
+            show()
 
     starts = [functools.partial(Reading, node, kernel, wanted, readers) for node in nodes]
     for node, again, start in zip(nodes, starts, readers.ahead(starts, 4)):
-        progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
+        show()
         for attempt in (start, again, again):
             try:
                 reading = attempt()
@@ -1185,6 +1187,7 @@ class Progress:
     def clear(self) -> None:
         if self.shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.shown = False
 
 
 # ---- The command line ---------------------------------------------------------

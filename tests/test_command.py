@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -177,6 +178,31 @@ def test_lines_are_cut_on_a_terminal_only(scene: Build) -> None:
             assert max(len(line) for line in text.decode().splitlines()) == 80
         finally:
             os.killpg(process.pid, 9)
+
+
+# Every look at the clock is a second after the last.
+SLOW = "import memuse, time, itertools; time.monotonic = itertools.count().__next__"
+
+
+@needs_root
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_of_a_long_run_on_a_terminal_only(terminal: bool, scene: Build) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {SLOW}; sys.exit(memuse.main())"
+    command = [sys.executable, "-c", code, str(scene("forked").pid)]
+    controller, end = pty.openpty() if terminal else os.pipe()
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, check=True)
+        os.close(end)
+        with contextlib.suppress(OSError):  # nothing written, and nobody left to write
+            shown = os.read(controller, 100_000) if terminal else os.read(controller, 1)
+    finally:
+        os.close(controller)
+    assert result.stdout.splitlines()[-1].endswith(b"processes")
+    if terminal:
+        assert re.fullmatch(rb"(\r\d of 4 processes, \d+ pages\x1b\[K)+\r\x1b\[K", shown)
+        assert int(shown.split()[-3]) > 1000
+    else:
+        assert shown == b""
 
 
 @needs_root

@@ -1296,6 +1296,24 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     ],
     tear=set(),
 )
+@example(  # one that vanishes when some of it has been counted, and had much and part of it new
+    made=[
+        [(False, 0, [("shared", 100, 0), ("private", 1, 0)])],
+        [(False, 0, [("shared", 33000, 0)])],
+        [(False, 0, [("shared", 33000, 0)]), (True, 0, [("file", 40, 0)])],
+        [(False, 9, [("shared", 33000, 0)])],
+    ],
+    tear={1},
+)
+@example(
+    made=[
+        [(False, 0, [("shared", 100, 0)])],
+        [(False, 0, [("shared", 50, 200), ("huge", 1, 0), ("private", 33000, 0)])],
+        [(False, 0, [("shared", 50, 200), ("part", 300, 0)])],
+        [(False, 0, [("part", 300, 0), ("shared", 50, 200)])],
+    ],
+    tear={1},
+)
 def test_any_entries_are_counted_as_sets_would(made: list[list[Area]], tear: set[int]) -> None:
     torn = {i for i in tear if i < len(made)}
     with tempfile.TemporaryDirectory() as directory:
