@@ -326,33 +326,33 @@ class Readers:
 
     def _run(self) -> None:
         while True:
-            calls, outcome = self._calls.get()
-            with contextlib.suppress(IndexError):
-                call = calls.pop()
-                try:
-                    outcome.put((call(), None))
-                except BaseException as error:  # raised again where the result is asked for
-                    outcome.put((None, error))
-                del call  # not to hold on to what was read
-            del calls, outcome
+            self._call(*self._calls.get())
+
+    def _call(self, calls: list[Callable[[], Any]], outcome: queue.SimpleQueue[Any]) -> None:
+        with contextlib.suppress(IndexError):  # somebody else has begun it
+            call = calls.pop()
+            try:
+                outcome.put((call(), None))
+            except BaseException as error:  # raised again where the result is asked for
+                outcome.put((None, error))
 
     def submit(self, call: Callable[[], T]) -> Callable[[], T]:
         """Have a thread call; what is returned waits for the result, or raises its error.
 
-        What no thread has begun by then, it calls itself.
+        Who waits does not idle, but makes what calls no thread has begun.
         """
         calls: list[Callable[[], T]] = [call]  # until somebody takes it
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._calls.put((calls, outcome))
-        del call
 
         def result() -> T:
-            try:
-                mine = calls.pop()
-            except IndexError:
-                value, error = outcome.get()
-            else:
-                return mine()
+            self._call(calls, outcome)
+            while outcome.empty():
+                try:
+                    self._call(*self._calls.get_nowait())
+                except queue.Empty:
+                    break
+            value, error = outcome.get()
             try:
                 if error:
                     raise error
@@ -501,7 +501,7 @@ RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little"
 ANON, IN_FILE, STRAY, UNREAL, CLAIMED = range(1, 6)
 IS_ANON = bytes(mark == ANON for mark in range(256))
 GROWTH = 1 << 20  # so many marks are added at a time
-PART = 1 << 12  # so many marks are looked at in one go
+PART = 1 << 10  # so many marks are looked at in one go
 UNMARKED = bytes(PART)
 MARKED = re.compile(rb"[^\0]+(?:\0{1,32}[^\0]+)*")  # PFNs whose kpagecount to read in one call
 
@@ -879,7 +879,7 @@ class Census:
         self._visit_itself()
         anon = 0
         mapcounts = memoryview(lazy_bytes(4 * len(marks))).cast("I")
-        calls = [functools.partial(self._mapcounts, at) for at in range(0, len(marks), 16 * PART)]
+        calls = [functools.partial(self._mapcounts, at) for at in range(0, len(marks), 64 * PART)]
         for runs in readers.ahead(calls, 4):
             for first, run, of_anon in runs():
                 mapcounts[first : first + len(run)] = run
@@ -904,19 +904,19 @@ class Census:
 
     def _visit_itself(self) -> None:
         """Count memuse's own mappings of the set's files: it is not to be outside the set."""
-        marks = self.frames.marks
+        frames, files = self.frames, {file for file, _ in self.frames.blocks if file}
         for start, end, _, file in parse_vmas(read_file(proc("self/maps"))):
-            if file and start < VSYSCALL:
+            if file in files and start < VSYSCALL:
                 words = read_words(self.kernel.pagemap, start, end - start)
-                of_file = words[FLAGS::WORD].translate(KINDS).translate(LANES_OF[OF_FILE])
-                numbers = compress(numbers_of(words), of_file)
-                met = (number for number in numbers if number < len(marks))
-                self.frames.astray.update(n for n in met if marks[n] in (ANON, IN_FILE, STRAY))
+                kinds = words[FLAGS::WORD].translate(KINDS)
+                for pfn in compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE])):
+                    if pfn < len(frames.marks) and frames.marks[pfn] in (ANON, IN_FILE, STRAY):
+                        frames.astray[pfn] += 1
 
     def _mapcounts(self, start: int) -> list[tuple[int, Any, int]]:
         """For what is marked from `start` on: first PFNs, their runs' mapcounts, those of ANON."""
         runs = []
-        for part in range(start, min(start + 16 * PART, len(self.frames.marks)), PART):
+        for part in range(start, min(start + 64 * PART, len(self.frames.marks)), PART):
             marks = self.frames.marks[part : part + PART]
             for run in MARKED.finditer(marks) if marks != UNMARKED else ():
                 first = part + run.start()
