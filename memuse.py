@@ -158,16 +158,13 @@ def parse_vmas(maps: bytes) -> list[Vma]:
     try:
         if len(found) != maps.count(b"\n"):
             raise ValueError
-        for first, end_, rest in found:
-            start, end = int(first, 16) // PAGE_SIZE, int(end_, 16) // PAGE_SIZE
+        for low, high, rest in found:
+            start, end = int(low, 16) // PAGE_SIZE, int(high, 16) // PAGE_SIZE
             offset, file = parse_mapping(rest)
             if offset is None:
                 offset = start
-            if (
-                last.end == start
-                and last.file == file
-                and offset - last.offset == start - last.start
-            ):
+            size = start - last.start
+            if start == last.end and file == last.file and offset - last.offset == size:
                 last = vmas[-1] = Vma(last.start, end, last.offset, file)
             else:
                 last = Vma(start, end, offset, file)
@@ -507,11 +504,13 @@ MARKED = re.compile(rb"[^\0]+(?:\0{1,32}[^\0]+)*")  # PFNs whose kpagecount to r
 
 
 def octets(lanes: int) -> bytes:
+    """A byte a lane, without those after the last that is not 0."""
     return lanes.to_bytes((lanes.bit_length() + 7) // 8, "little")
 
 
-def whole_lanes(lanes: int) -> int:
-    return (lanes << 1) - (lanes >> 7)  # where 0x80 was, 0xFF
+def whole(lanes: int) -> int:
+    """0xFF where lanes are marked by 0x80."""
+    return (lanes << 1) - (lanes >> 7)
 
 
 def huge_page(entry: int) -> bytes:
@@ -541,15 +540,17 @@ class Block:
         self.known = 0
         self.planes = [0] * NUMBER_BYTES
         self.inside: list[int] = []
-        self.last: tuple[int | None, int] = None, 0  # hash of entries all known, their lanes
+        # Hash of entries that are all known, and their lanes.  Python keys its hash of bytes
+        # anew in every run: that others have the same is as likely as 1 in 2**64.
+        self.last: tuple[int | None, int] = None, 0
 
     def numbers(self, lanes: int) -> list[int]:
         """The numbers known in these lanes."""
         marked = octets(lanes)
         words = bytearray(len(marked) * WORD)
         for i, plane in enumerate(self.planes):
-            octets_ = octets(plane)[: len(marked)]
-            words[i : len(octets_) * WORD : WORD] = octets_
+            low = octets(plane)[: len(marked)]
+            words[i : len(low) * WORD : WORD] = low
         return list(compress(numbers_of(bytes(words)), marked))
 
     def same(self, planes: list[int], lanes: int) -> int:
@@ -559,20 +560,19 @@ class Block:
             differ = 0
             for one, other in zip(planes, self.planes):
                 differ |= one ^ other
-            sevens = lanes - (lanes >> 7)  # where 0x80 was, 0x7F
+            sevens = whole(lanes) ^ lanes
             differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
             lanes &= ~differ
         return lanes
 
     def enter(self, planes: list[int], lanes: int) -> None:
         """Know these numbers, in lanes not known before."""
-        whole = whole_lanes(lanes)
-        self.planes = [old | new & whole for old, new in zip(self.planes, planes)]
+        fill = whole(lanes)
+        self.planes = [old | new & fill for old, new in zip(self.planes, planes)]
         self.known |= lanes
 
     def forget(self, lanes: int) -> None:
-        whole = whole_lanes(lanes)
-        self.planes = [plane & ~whole for plane in self.planes]
+        self.planes = [plane & ~whole(lanes) for plane in self.planes]
         self.known &= ~lanes
         self.last = None, 0
 

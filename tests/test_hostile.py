@@ -795,7 +795,8 @@ def interrupted_early(stderr: str) -> bool:
     """
     frames = [line for line in stderr.splitlines() if line.startswith("  File ")]
     ours = [line for line in frames if "memuse.py" in line]
-    if "import signal\n" in stderr and len(ours) == 1:  # to be able to do better
+    before = ("from __future__ import annotations\n", "import signal\n")
+    if any(line in stderr for line in before) and len(ours) == 1:  # what has to come first
         return True
     return not ours or (
         len(frames) == 1 and re.search(", line [01], in <module>", ours[0]) is not None
@@ -1219,6 +1220,8 @@ class MadeUp:
                 for entry in entries:
                     frames |= real_frame(entry)
                     slots |= real_slot(entry)
+            if not lines:
+                file.truncate(16)
             if torn:
                 file.truncate((at - 1) * 8)
         (directory / "maps").write_text("".join(lines) or "1000-2000 ---p 00000000 00:00 0\n")
