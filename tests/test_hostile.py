@@ -1291,13 +1291,18 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(made=processes, tear=st.sets(st.integers(1, 3), max_size=1))
+@given(
+    made=processes,
+    tear=st.sets(st.integers(1, 3), max_size=1),
+    portion=st.sampled_from([512, 1536, 1 << 15]),
+)
 @example(
     made=[
         [(False, 0, [("huge", 1, 0), ("private", 5, 0), ("swap", 30, 2)])],
         [(False, 0, [("part", 400, 8), ("part", 400, 16)]), (True, 3, [("device", 9, 1)])],
     ],
     tear=set(),
+    portion=1 << 15,
 )
 @example(  # one that vanishes when some of it has been counted, and had much and part of it new
     made=[
@@ -1307,6 +1312,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
         [(False, 9, [("shared", 33000, 0)])],
     ],
     tear={1},
+    portion=1 << 15,
 )
 @example(
     made=[
@@ -1316,8 +1322,12 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
         [(False, 0, [("part", 300, 0), ("shared", 50, 200)])],
     ],
     tear={1},
+    portion=1 << 15,
 )
-def test_any_entries_are_counted_as_sets_would(made: list[list[Area]], tear: set[int]) -> None:
+def test_any_entries_are_counted_as_sets_would(
+    made: list[list[Area]], tear: set[int], portion: int
+) -> None:
+    """Whatever is in page tables, and wherever the portions end in which they are read."""
     torn = {i for i in tear if i < len(made)}
     with tempfile.TemporaryDirectory() as directory:
         made_up = MadeUp(Path(directory), reference.PAGE)
@@ -1325,7 +1335,8 @@ def test_any_entries_are_counted_as_sets_would(made: list[list[Area]], tear: set
             # A mapping of some pages at its end, of which the last is missing.
             more: list[Area] = [(False, 0, [("private", 9, 0)])] if i in torn else []
             made_up.add([*content, *more], torn=i in torn)
-        with entered(made_up):
+        with entered(made_up), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tool, "LONG", portion)
             check_made_up(made_up, torn)
 
 
