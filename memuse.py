@@ -1294,7 +1294,7 @@ def main(argv: list[str] | None = None) -> int:
         status = 1 if report.skipped else 0
     except (Error, OSError) as error:
         messages.append(str(error))
-    except (MemoryError, RuntimeError):  # a thread cannot be started
+    except (MemoryError, RuntimeError, ImportError):  # a thread cannot be started, a module mapped
         messages.append("there is not enough memory")
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
