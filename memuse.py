@@ -453,6 +453,7 @@ class Reading:
 
 # How many entries to ask for at a time: few where memory is sparse.
 LONG, SHORT = 1 << 15, PMD_PAGES
+SMALL = 1 << 13  # pages that are read whole, without a look for what is resident
 HOLE = 256  # pages that cost less to read over than another call
 
 
@@ -474,11 +475,13 @@ def batches_of(vmas: list[Vma], pagemap: int, scan: bool) -> Iterator[list[Span]
     for start, last in areas:
         size = SHORT
         while start < last:
-            found = next_resident(pagemap, start, last) if scan and last - start > SHORT else start
+            found = next_resident(pagemap, start, last) if scan and last - start > SMALL else start
             if found == last:
                 break
             size = min(2 * size, LONG) if found == start else SHORT
             end = min((found + size) // PMD_PAGES * PMD_PAGES, last)
+            if last - found <= SMALL:
+                end = last
             batch.append((found, end))
             cost += end - found + HOLE
             start = end
