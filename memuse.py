@@ -38,6 +38,7 @@ import time
 from bisect import bisect
 from collections import Counter, defaultdict, deque, namedtuple
 from itertools import chain, compress, count, islice
+from operator import length_hint
 
 try:
     import fcntl
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     Span = tuple[int, int]  # from a page up to another
     Chunk = tuple[int, bytes]  # a page, and the pagemap entries from there on
     Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
+    Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
     IsMemory = Callable[[int], bool] | None  # of a number
     Row = dict[str, Any]  # by names of columns; sizes in bytes
 
@@ -239,17 +241,10 @@ def unpack(words: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(words) // WORD}Q", words)
 
 
-def low_halves(words: bytes) -> memoryview[int]:
-    """Of each word, the lower 32 bits."""
-    if sys.byteorder == "little":
-        return memoryview(words).cast("I")[::2]
-    return memoryview(array.array("I", [word & 0xFFFFFFFF for word in unpack(words)]))
-
-
 def numbers_of(words: bytes) -> list[int]:
     """The PFNs, or swap types and offsets, in entries."""
-    if words[4::WORD].count(0) == len(words) // WORD:
-        return low_halves(words).tolist()  # in a quarter of the time
+    if words[4::WORD].count(0) == len(words) // WORD and sys.byteorder == "little":
+        return memoryview(words).cast("I")[::2].tolist()  # in a quarter of the time
     return [word & NUMBER_MASK for word in unpack(words)]
 
 
@@ -305,8 +300,14 @@ class Kernel:
             address = int(mapping[1], 16) if mapping else 0
             return numbers_of(read_words(self.pagemap, address // PAGE_SIZE, 1))[0]
 
-    def has_flag(self, pfn: int, flag: int) -> bool:
-        """Whether the frame has it in /proc/kpageflags; a device's may be past its end."""
+    def is_anon(self, pfn: int) -> bool:
+        return self._has(pfn, KPF_ANON)
+
+    def is_zero(self, pfn: int) -> bool:
+        return self._has(pfn, KPF_ZERO_PAGE)
+
+    def _has(self, pfn: int, flag: int) -> bool:
+        """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
         words = read_words(self.flags, pfn, 1)
         return bool(words) and bool(unpack(words)[0] & flag)
 
@@ -496,14 +497,13 @@ def batches_of(vmas: list[Vma], pagemap: int, scan: bool) -> Iterator[list[Span]
 LANES = 4 * PMD_PAGES
 ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
 RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
-# Marks: entered in a Block by address, or by place in a file; met, but in no Block;
-# no memory; met as part of a PRIVATE huge page.
-ANON, IN_FILE, STRAY, UNREAL, CLAIMED = range(1, 6)
-IS_ANON = bytes(mark == ANON for mark in range(256))
+# Marks: no memory; met as part of a PRIVATE huge page; others are of Blocks.
+UNREAL, CLAIMED, *OF_BLOCKS = range(1, 256)
 GROWTH = 1 << 20  # so many marks are added at a time
 PART = 1 << 10  # so many marks are looked at in one go
 UNMARKED = bytes(PART)
 MARKED = re.compile(rb"[^\0]+(?:\0{1,32}[^\0]+)*")  # PFNs whose kpagecount to read in one call
+MANY = 255  # mapcounts from here on do not fit in a byte
 
 
 def octets(lanes: int) -> bytes:
@@ -535,7 +535,8 @@ class Block:
     A lane is one page's byte in an integer of LANES bytes, so that one operation
     treats all pages; a lane is marked by 0x80.  `known` marks those that have a number;
     `planes` are the numbers: all lanes' lowest bytes, then the next.  `inside` counts
-    how often the set maps each: in binary, all lanes' lowest digits, then the next.
+    how often the set maps each: the sum of integers with a byte a lane, each for as many
+    additions as a byte can count.
     """
 
     def __init__(self, mark: int) -> None:
@@ -543,18 +544,7 @@ class Block:
         self.known = 0
         self.planes = [0] * NUMBER_BYTES
         self.inside: list[int] = []
-        # Hash of entries that are all known, and their lanes.  Python keys its hash of bytes
-        # anew in every run: that others have the same is as likely as 1 in 2**64.
-        self.last: tuple[int | None, int] = None, 0
-
-    def numbers(self, lanes: int) -> list[int]:
-        """The numbers known in these lanes."""
-        marked = octets(lanes)
-        words = bytearray(len(marked) * WORD)
-        for i, plane in enumerate(self.planes):
-            low = octets(plane)[: len(marked)]
-            words[i : len(low) * WORD : WORD] = low
-        return list(compress(numbers_of(bytes(words)), marked))
+        self.additions = 0
 
     def same(self, planes: list[int], lanes: int) -> int:
         """Those of the lanes that are known, and have the same numbers here as there."""
@@ -577,29 +567,28 @@ class Block:
     def forget(self, lanes: int) -> None:
         self.planes = [plane & ~whole(lanes) for plane in self.planes]
         self.known &= ~lanes
-        self.last = None, 0
+
+    def numbers(self, lanes: int) -> list[int]:
+        """The numbers known in these lanes."""
+        marked = octets(lanes)
+        words = bytearray(len(marked) * WORD)
+        for i, plane in enumerate(self.planes):
+            low = octets(plane)[: len(marked)]
+            words[i : len(low) * WORD : WORD] = low
+        return list(compress(numbers_of(bytes(words)), marked))
 
     def add_inside(self, lanes: int) -> None:
         """Once more, the set maps these lanes."""
-        for i, digit in enumerate(self.inside):
-            self.inside[i], lanes = digit ^ lanes, digit & lanes
-            if not lanes:
-                return
-        self.inside.append(lanes)
+        if self.additions % 255 == 0:
+            self.inside.append(0)
+        self.additions += 1
+        self.inside[-1] += lanes >> 7
 
-    def mappings(self) -> int:
-        """How often the set maps all of them together."""
-        return sum(octets(digit).count(0x80) << i for i, digit in enumerate(self.inside))
-
-    def settled(self, mapcounts: list[int]) -> int:
-        """How many known pages the set maps so often, or more, given a count for each."""
-        if sum(mapcounts) == self.mappings():  # the set maps none more often than all do
-            return len(mapcounts)
-        inside = [0] * len(mapcounts)
-        for digit in reversed(self.inside):
-            ones = compress(octets(digit).ljust(LANES, b"\0"), octets(self.known))
-            inside = [2 * number + (one >> 7) for number, one in zip(inside, ones)]
-        return sum(map(int.__le__, mapcounts, inside))
+    def mappings(self) -> list[int]:
+        """How often the set maps each of the numbers known."""
+        known = octets(self.known)
+        each = (compress(octets(lanes).ljust(len(known), b"\0"), known) for lanes in self.inside)
+        return list(map(sum, zip(*each))) if len(self.inside) > 1 else list(*each)
 
 
 class Ledger:
@@ -608,31 +597,36 @@ class Ledger:
     Forked processes have the same page at the same address, and processes that map
     a file have the same page at the same place in it.  So a number is entered in a
     Block, at the place where it is first met; what another process has there is
-    compared for all lanes at once, and only what differs is looked at one by one.
+    compared for all lanes at once.  Where it is not the same, as after copy-on-write,
+    there is another Block for the same place, and so on.
 
     This is exact because a number is entered at one place only: `marks` tells which
     are.  The lanes in which a process equals the Blocks are that many different
     numbers, unless it maps a place twice, which `own` shows.  A number met elsewhere
     than where it was entered (KSM, mremap, buffers of drivers) is a stray, and
-    strays are few enough for sets.
+    strays are few enough for a dictionary.
     """
 
     def __init__(self) -> None:
-        self.blocks: dict[Place, Block] = {}
+        self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
+        self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
+        # Where entries last met were entered, by their hash, if all were.  Python keys its hash
+        # of bytes anew in every run: that others have the same is as likely as 1 in 2**64.
+        self.recent: dict[int, list[Found]] = {}
         self.marks = lazy_bytes(GROWTH)  # a byte for each number; see reach()
+        self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
         self.claimed: list[int] = []  # first PFNs of PRIVATE huge pages
         self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
         self._begin()
 
     def _begin(self) -> None:
         # Of the current process: lanes in which it equals Blocks, and those it entered;
-        # strays, and those that were new; huge pages; how many numbers were new.
-        self.own: defaultdict[Block, list[int]] = defaultdict(list)
+        # strays; huge pages.
+        self.own: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
         self.entered: list[tuple[Block, int]] = []
         self.strays: Counter[int] = Counter()
-        self.homeless: list[int] = []
-        self.claims: list[int] = []
         self.new = 0
+        self.claims: list[int] = []
 
     def reach(self, number: int) -> None:
         """Have marks for numbers up to this one."""
@@ -646,75 +640,83 @@ class Ledger:
         """
         file, index = place
         for start in range(-(index % LANES), len(lanes), LANES):
-            first, end = max(start, 0), start + LANES
-            here = lanes[first:end]
-            if 0x80 in here:
-                key = file, (index + first) // LANES
-                if key not in self.blocks:
-                    self.blocks[key] = Block(ANON if file is None else IN_FILE)
-                block = self.blocks[key]
-                part = words[first * WORD : end * WORD]
-                # Whatever equals what last was there, all entered, is so too.
-                content = hash((part, here, first - start))
-                if content != block.last[0]:
-                    wanted = int.from_bytes(here, "little") << 8 * (first - start)
-                    same = self._match(block, wanted, part, 8 * (first - start), is_memory)
-                    block.last = (content if wanted == same else None), same
-                self.own[block].append(block.last[1])
+            span = max(start, 0), start + LANES
+            # Between the first and the last lane: what is a process's own beside them differs.
+            low, high = lanes.find(0x80, *span), lanes.rfind(0x80, *span) + 1
+            if not high:
+                continue
+            key, at = (file, (index + low) // LANES), low - start
+            part, chosen = words[low * WORD : high * WORD], lanes[low:high]
+            content = hash((key, at, part, chosen))
+            known = self.recent.pop(content, None)
+            found, complete = (
+                (known, True) if known else self._find(key, part, chosen, at, is_memory)
+            )
+            if complete:
+                self.recent[content] = found  # now the last to go
+                if len(self.recent) > 2 * len(self.blocks):
+                    del self.recent[next(iter(self.recent))]
+            for block, same, number in found:
+                self.own[block].append((same, number))
 
-    def _match(
-        self, block: Block, wanted: int, words: bytes, shift: int, is_memory: IsMemory
-    ) -> int:
-        """Compare entries with a Block, and enter what is new; lanes in which they are equal."""
-        planes = [int.from_bytes(words[i::WORD], "little") << shift for i in range(NUMBER_BYTES)]
-        same = block.same(planes, wanted)
-        if same == wanted:
-            return same
-        other = (wanted ^ same) >> shift
-        chosen, taken = octets(other), octets(other & block.known >> shift)
-        entered = self._enter(block.mark, chosen, taken, words, is_memory)
-        new = int.from_bytes(entered, "little") << shift
-        if new:
-            block.enter(planes, new)
-            self.entered.append((block, new))
-        return same | new
+    def _find(
+        self, key: Place, words: bytes, chosen: bytes, at: int, is_memory: IsMemory
+    ) -> tuple[list[Found], bool]:
+        """Blocks and lanes that equal the chosen entries, from lane `at` on; whether all do.
 
-    def _enter(
-        self, home: int, chosen: bytes, taken: bytes, words: bytes, is_memory: IsMemory
-    ) -> bytes:
-        """Mark the chosen numbers; those to be entered, which nobody had, in lanes not taken."""
-        marks = self.marks
-        numbers = numbers_of(words)
+        What is new is entered.
+        """
+        planes = [int.from_bytes(words[i::WORD], "little") << 8 * at for i in range(NUMBER_BYTES)]
+        left = int.from_bytes(chosen, "little") << 8 * at
+        found: list[Found] = []
+        complete = True
+        blocks, depth = self.blocks[key], 0
+        while left:
+            if depth == len(blocks):
+                mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
+                blocks.append(Block(self.of_file.setdefault(key[0], mark)))
+            block = blocks[depth]
+            depth += 1
+            same = block.same(planes, left)
+            fresh = left & ~(same | block.known)
+            if fresh:
+                new = self._enter(block.mark, words, fresh >> 8 * at, is_memory) << 8 * at
+                block.enter(planes, new)
+                self.entered.append((block, new))
+                self.new += octets(new).count(0x80)
+                complete = complete and new == fresh
+                same |= new
+            if same:
+                found.append((block, same, octets(same).count(0x80)))
+            left &= ~(same | fresh)
+        return found, complete
+
+    def _enter(self, mark: int, words: bytes, lanes: int, is_memory: IsMemory) -> int:
+        """Mark the numbers in these lanes; lanes of those that nobody had."""
+        chosen, marks, done = octets(lanes), self.marks, 0
+        numbers = numbers_of(words[: len(chosen) * WORD])
         if chosen.count(0x80) < len(numbers):
             numbers = list(compress(numbers, chosen))
-        done = 0
-        if not is_memory and 0x80 not in taken:
+        if not is_memory:
             left = iter(numbers)
-            try:
+            with contextlib.suppress(IndexError):  # beyond what marks reach
                 for number in left:  # the usual case, and the loop that costs most
                     if marks[number]:
                         break
-                    marks[number] = home
+                    marks[number] = mark
                 else:
-                    self.new += len(numbers)
-                    return chosen
-            except IndexError:  # beyond what marks reach
-                pass
-            self.new += (done := len(numbers) - len(list(left)) - 1)
+                    return lanes
+            done = len(numbers) - 1 - length_hint(left)
         self.reach(max(numbers))
         entered = bytearray(chosen)
         for at, number in islice(zip(compress(count(), chosen), numbers), done, None):
-            mark = marks[number]
-            if not mark and (not is_memory or is_memory(number)):
-                self.new += 1
-                mark = marks[number] = STRAY if at < len(taken) and taken[at] else home
-                if mark == home:
-                    continue
-                self.homeless.append(number)
+            if not marks[number] and (not is_memory or is_memory(number)):
+                marks[number] = mark
+                continue
             entered[at] = 0
-            if mark not in (0, UNREAL):
+            if marks[number] not in (0, UNREAL):
                 self.strays[number] += 1
-        return bytes(entered)
+        return int.from_bytes(entered, "little")
 
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
@@ -727,28 +729,29 @@ class Ledger:
 
     def commit(self) -> tuple[int, int]:
         """End a process: how many different numbers it has, and how many nobody had before."""
-        distinct, astray = 0, set(self.strays)
-        at_home = any(self.marks[number] in (ANON, IN_FILE) for number in astray)
+        distinct, new, astray = 0, self.new, set(self.strays)
         for block, every in self.own.items():
-            lanes = functools.reduce(int.__or__, every)
-            distinct += octets(lanes).count(0x80)
-            for each in every:
-                block.add_inside(each)
-            if at_home:
+            for lanes, number in every:
+                block.add_inside(lanes)
+                self.mapped[block.mark] += number
+            if len(every) > 1:
+                lanes = functools.reduce(int.__or__, [lanes for lanes, _ in every])
+                number = octets(lanes).count(0x80)
+            distinct += number
+            if astray:
                 astray.difference_update(block.numbers(lanes))
         self.astray.update(self.strays)
         self.claimed += self.claims
-        result = distinct + len(astray), self.new
         self._begin()
-        return result
+        return distinct + len(astray), new
 
     def rollback(self) -> None:
         """Forget what came from the current process."""
+        self.recent.clear()
         for block, lanes in self.entered:
-            self.homeless += block.numbers(lanes)
+            for number in block.numbers(lanes):
+                self.marks[number] = 0
             block.forget(lanes)
-        for number in self.homeless:
-            self.marks[number] = 0
         for first in self.claims:
             self.marks[first : first + PMD_PAGES] = bytes(PMD_PAGES)
         self._begin()
@@ -840,13 +843,17 @@ class Census:
                 continue
             if kind == PRIVATE and not self.frames.claim(pfn):
                 kind = SHARED
-            elif kind == OF_FILE and self.kernel.has_flag(pfn, KPF_ZERO_PAGE):
+            elif kind == OF_FILE and self.kernel.is_zero(pfn):
                 kind = NOTHING
             kinds = kinds[:at] + bytes([kind]) * PMD_PAGES + kinds[at + PMD_PAGES :]
         return kinds
 
     def _shared(self, start: int, words: bytes, kinds: bytes, files: list[Vma]) -> None:
-        """Take in what is not PRIVATE: what lies in files' VMAs by its place in the file."""
+        """Take in what is not PRIVATE: what is a file's by its place there, else by address."""
+        if IN_SWAP in kinds:
+            swapped = int.from_bytes(kinds.translate(LANES_OF[IN_SWAP]), "little")
+            real = int.from_bytes(words[::WORD].translate(LANES_OF_SWAP), "little")
+            self.slots.add(words, (swapped & real).to_bytes(len(kinds), "little"), (None, start))
         rest = bytearray(kinds)
         for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
             vma = files[i]
@@ -854,55 +861,53 @@ class Census:
                 break
             first, end = max(0, vma.start - start), max(0, vma.end - start)
             part = kinds[first:end]
-            if part.count(NOTHING) + part.count(PRIVATE) < len(part):
+            rest[first:end] = bytes(len(part))
+            if OF_FILE in part:
                 place = vma.file, vma.offset + start + first - vma.start
-                self._add(words[first * WORD : end * WORD], part, place, start + first)
-                rest[first:end] = bytes(len(part))
-        self._add(words, bytes(rest), (None, start), start)
-
-    def _add(self, words: bytes, kinds: bytes, place: Place, page: int) -> None:
-        if OF_FILE in kinds:
-            self.frames.add(words, kinds.translate(LANES_OF[OF_FILE]), place)
-        if SHARED in kinds:
-            # What a file's VMA has without being the file's is a process's own copy, or
-            # device memory.
-            check = functools.partial(self.kernel.has_flag, flag=KPF_ANON) if place[0] else None
-            self.frames.add(words, kinds.translate(LANES_OF[SHARED]), (None, page), check)
-        if IN_SWAP in kinds:
-            swapped = int.from_bytes(kinds.translate(LANES_OF[IN_SWAP]), "little")
-            real = int.from_bytes(words[::WORD].translate(LANES_OF_SWAP), "little")
-            self.slots.add(words, (swapped & real).to_bytes(len(kinds), "little"), (None, page))
+                lanes = part.translate(LANES_OF[OF_FILE])
+                self.frames.add(words[first * WORD : end * WORD], lanes, place)
+            if SHARED in part:  # the process's own copy, or device memory
+                lanes = part.translate(LANES_OF[SHARED])
+                place = None, start + first
+                self.frames.add(words[first * WORD : end * WORD], lanes, place, self.kernel.is_anon)
+        for kind in OF_FILE, SHARED:
+            if kind in rest:
+                self.frames.add(words, bytes(rest).translate(LANES_OF[kind]), (None, start))
 
     def alone(self, readers: Readers) -> int:
         """How many frames have in the set all the mappings that the kernel knows of.
 
         Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
         """
-        frames, marks = self.frames, self.frames.marks
+        frames = self.frames
         self._visit_itself()
-        anon = 0
-        mapcounts = memoryview(lazy_bytes(4 * len(marks))).cast("I")
-        calls = [functools.partial(self._mapcounts, at) for at in range(0, len(marks), 64 * PART)]
+        counts = lazy_bytes(len(frames.marks))  # a byte for each, at most MANY
+        many: dict[int, int] = {}
+        of_mark: Counter[int] = Counter()
+        calls = [functools.partial(self._mapcounts, at) for at in range(0, len(counts), 64 * PART)]
         for runs in readers.ahead(calls, 4):
-            for first, run, of_anon in runs():
-                mapcounts[first : first + len(run)] = run
-                anon += of_anon
+            for first, low, high, sums in runs():
+                counts[first : first + len(low)] = low
+                many.update(high)
+                of_mark.update(sums)
         # What is left when mappings that no Block knows of are taken off:
         for number, times in frames.astray.items():
-            mapcounts[number] -= min(times, mapcounts[number])
-            anon -= times if marks[number] == ANON else 0
+            mapcount = many.get(number, counts[number])
+            left = max(0, mapcount - times)
+            of_mark[frames.marks[number]] -= mapcount - left
+            counts[number], many[number] = min(left, MANY), left
         alone = self.private
         for first in frames.claimed:
-            alone -= sum(count > 1 for count in mapcounts[first : first + PMD_PAGES])
-        alone += sum(marks[number] == STRAY and not mapcounts[number] for number in frames.astray)
-        blocks = frames.blocks.values()
-        # If all mappings are those of the set together, they are so for each.
-        all_anon = anon == sum(block.mappings() for block in blocks if block.mark == ANON)
-        for block in blocks:
-            if all_anon and block.mark == ANON:
-                alone += octets(block.known).count(0x80)
+            alone -= sum(mapcount > 1 for mapcount in counts[first : first + PMD_PAGES])
+        for block in chain.from_iterable(frames.blocks.values()):
+            if of_mark[block.mark] == frames.mapped[block.mark]:
+                alone += octets(block.known).count(0x80)  # if so together, each is
                 continue
-            alone += block.settled([mapcounts[number] for number in block.numbers(block.known)])
+            numbers = block.numbers(block.known)
+            mapcounts = [counts[number] for number in numbers]
+            if MANY in mapcounts:
+                mapcounts = [many.get(number, MANY) for number in numbers]
+            alone += sum(map(int.__le__, mapcounts, block.mappings()))
         return alone
 
     def _visit_itself(self) -> None:
@@ -913,23 +918,32 @@ class Census:
                 words = read_words(self.kernel.pagemap, start, end - start)
                 kinds = words[FLAGS::WORD].translate(KINDS)
                 for pfn in compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE])):
-                    if pfn < len(frames.marks) and frames.marks[pfn] in (ANON, IN_FILE, STRAY):
+                    if pfn < len(frames.marks) and frames.marks[pfn] >= OF_BLOCKS[0]:
                         frames.astray[pfn] += 1
 
-    def _mapcounts(self, start: int) -> list[tuple[int, Any, int]]:
-        """For what is marked from `start` on: first PFNs, their runs' mapcounts, those of ANON."""
+    def _mapcounts(self, start: int) -> list[tuple[int, bytes, dict[int, int], dict[int, int]]]:
+        """Runs of PFNs that hold what is marked from `start` on.
+
+        The first; mapcounts; those that do not fit in a byte, by PFN; sums by mark.
+        """
         runs = []
         for part in range(start, min(start + 64 * PART, len(self.frames.marks)), PART):
             marks = self.frames.marks[part : part + PART]
             for run in MARKED.finditer(marks) if marks != UNMARKED else ():
                 first = part + run.start()
                 words = read_words(self.kernel.count, first, len(run[0]))
-                # Bytes are quick to add up, and few frames are mapped more often.
+                each: Iterable[int] = words[::WORD]
+                high = {}
                 low = words[::WORD]
-                small = words.count(0) - low.count(0) == (WORD - 1) * len(low)
-                each: Iterable[int] = low if small else unpack(words)
-                of_anon = sum(compress(each, run[0].translate(IS_ANON)))
-                runs.append((first, low_halves(words), of_anon))
+                if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
+                    each = unpack(words)
+                    low = bytes(min(mapcount, MANY) for mapcount in each)
+                    high = {first + i: n for i, n in enumerate(each) if n >= MANY}
+                sums = {}
+                for mark in {*run[0]} - {0}:
+                    of_mark = bytes(mark) + b"\1" + bytes(255 - mark)
+                    sums[mark] = sum(compress(each, run[0].translate(of_mark)))
+                runs.append((first, low, high, sums))
         return runs
 
 
