@@ -45,23 +45,25 @@ try:
 
     import psutil
 except ModuleNotFoundError as missing:
-    if missing.name == "fcntl":
-        raise SystemExit("memuse: only Linux has /proc/PID/pagemap") from None
-    raise SystemExit(
-        "memuse: psutil is missing: apt install python3-psutil, or pip install psutil"
-    ) from None
+    hint = "apt install python3-psutil, or pip install psutil"
+    hint = "only Linux has /proc/PID/pagemap" if missing.name == "fcntl" else hint
+    raise SystemExit(f"memuse: {missing.name} is missing: {hint}") from None
+except (ImportError, MemoryError, OSError) as broken:
+    raise SystemExit(f"memuse: cannot load psutil: {str(broken) or 'not enough memory'}") from None
 
 TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any, NoReturn, TextIO, TypeVar
 
     T = TypeVar("T")
     Span = tuple[int, int]  # from a page up to another
+    # From a page up to another; the shift from them to pages of the file; the file: its
+    # device and inode, or a special mapping's name.
+    FileVma = tuple[int, int, int, bytes]
     Chunk = tuple[int, bytes]  # a page, and the pagemap entries from there on
     Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
     Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
-    IsMemory = Callable[[int], bool] | None  # of a number
     Row = dict[str, Any]  # by names of columns; sizes in bytes
 
 __version__ = "1.0.0"
@@ -82,12 +84,12 @@ WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in nat
 PMD_PAGES = PAGE_SIZE // WORD  # pages under one page table, and so in a PMD-mapped huge page
 
 # A pagemap entry (pagemap.rst).  Bits 0-54 hold the PFN, or swap type (0-4) and offset.
-# Physical addresses have 52 bits at the most, so a PFN has 40, and so has any real slot.
+# Physical addresses have 52 bits at the most, so a PFN has 40, and so has any real offset.
 NUMBER_BYTES = 5
 NUMBER_MASK = (1 << 8 * NUMBER_BYTES) - 1
 # Swap types from here up are migration, poison, device and marker entries
 # (MAX_SWAPFILES, include/linux/swap.h).
-SWAP_TYPE_MASK, SWAP_TYPES = 0x1F, 23
+SWAP_TYPE_BITS, SWAP_TYPES = 5, 23
 FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes first
 EXCLUSIVE, GUARD, FILE, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
 
@@ -120,60 +122,62 @@ def kind_of(flags: int) -> int:
     return IN_SWAP if flags & SWAPPED and not flags & GUARD else NOTHING
 
 
-# For bytes.translate: flags to kinds, kinds and the lowest byte of slots to lanes (see Block).
+# For bytes.translate: flags to kinds, one byte to a marked lane (see Block) and the others to
+# 0, lowest bytes of entries to swap types.
 KINDS = bytes(map(kind_of, range(256)))
-LANES_OF = [bytes(0x80 * (k == kind) for k in range(256)) for kind in range(5)]
-LANES_OF_SWAP = bytes(0x80 * (low & SWAP_TYPE_MASK < SWAP_TYPES) for low in range(256))
+LANES_OF = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]
+SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 
 # ---- Parsing ------------------------------------------------------------------
 
-# In pages: its addresses, and what page of the file is at start.  The file is its device
-# and inode, or a special mapping's name; anonymous memory has None, and start as offset.
-Vma = namedtuple("Vma", "start end offset file")
-
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 VSYSCALL = (1 << 63) // PAGE_SIZE  # above what pagemap covers
+HOLE = 256  # pages that cost less to read over than another call
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (.*)\n", re.M)
 FIGURE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)): +([0-9]{1,15}) kB$", re.M)
 
 
 @functools.lru_cache(1024)  # the same libraries, in process after process
-def parse_mapping(rest: bytes) -> tuple[int | None, bytes | None]:
-    """Offset and file, from what follows the addresses in a line of /proc/PID/maps."""
+def parse_mapping(rest: bytes) -> tuple[int, bytes | None]:
+    """Offset in pages and file, from what follows the addresses in a line of /proc/PID/maps."""
     _, offset, device, inode, *name = rest.split(None, 4)
+    file = None
     if inode != b"0":
-        return int(offset, 16) // PAGE_SIZE, device + b" " + inode
-    if name and not name[0].startswith(ANONYMOUS):
-        return int(offset, 16) // PAGE_SIZE, name[0]
-    return None, None
+        file = device + b" " + inode
+    elif name and not name[0].startswith(ANONYMOUS):
+        file = name[0]
+    return int(offset, 16) // PAGE_SIZE, file
 
 
-def parse_vmas(maps: bytes) -> list[Vma]:
-    """The VMAs in /proc/PID/maps (proc.rst), in one where one goes on as the last ended.
+def parse_maps(maps: bytes) -> tuple[list[Span], list[FileVma]]:
+    """Where anything is mapped, and where files are, in /proc/PID/maps (proc.rst).
 
-    Error at a line that cannot be made out.
+    Areas with less than a HOLE between them are one, and so are mappings where the file
+    goes on as the addresses do.  Error at a line that cannot be made out.
     """
-    vmas: list[Vma] = []
-    last = Vma(0, 0, 0, None)
+    areas: list[Span] = []
+    files: list[FileVma] = []
+    before: tuple[int, bytes | None] = 0, None
     found = MAPPING.findall(maps)
     try:
         if len(found) != maps.count(b"\n"):
             raise ValueError
         for low, high, rest in found:
             start, end = int(low, 16) // PAGE_SIZE, int(high, 16) // PAGE_SIZE
+            if start >= VSYSCALL:
+                break
+            joined = areas and start - areas[-1][1] < HOLE
+            areas.append((areas.pop()[0] if joined else start, end))
             offset, file = parse_mapping(rest)
-            if offset is None:
-                offset = start
-            size = start - last.start
-            if start == last.end and file == last.file and offset - last.offset == size:
-                last = vmas[-1] = Vma(last.start, end, last.offset, file)
-            else:
-                last = Vma(start, end, offset, file)
-                vmas.append(last)
+            shift = offset - start
+            if file:
+                joined = before == (shift, file)
+                files.append((files.pop()[0] if joined else start, end, shift, file))
+            before = shift, file
     except ValueError:
         raise Error("cannot make out the kernel's list of mappings") from None
-    return vmas
+    return areas, files
 
 
 def parse_figures(smaps: bytes) -> Counter[bytes]:
@@ -184,16 +188,16 @@ def parse_figures(smaps: bytes) -> Counter[bytes]:
     return figures
 
 
-# Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `image` where
-# exec put code, stack, data and arguments.
-Stat = namedtuple("Stat", "state ppid kernel_thread threads started image name")
+# Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `rss` in pages,
+# `image` where exec put code, stack, data and arguments.
+Stat = namedtuple("Stat", "state ppid kernel_thread threads started rss image name")
 
 
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
     kernel_thread = bool(int(fields[6]) & PF_KTHREAD)
-    numbers = int(fields[17]), int(fields[19])
+    numbers = int(fields[17]), int(fields[19]), int(fields[21])
     image = [*fields[23:26], *fields[42:49]]
     return Stat(fields[0], int(fields[1]), kernel_thread, *numbers, image, name)
 
@@ -231,18 +235,16 @@ def read_words(fd: int, first: int, number: int) -> bytes:
     except ProcessLookupError:
         return b""
     if sys.byteorder == "big":
-        swapped = array.array("Q", words)
-        swapped.byteswap()
-        words = swapped.tobytes()
+        words = struct.pack(f"<{len(words) // WORD}Q", *unpack(words, ">"))
     return words
 
 
-def unpack(words: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(words) // WORD}Q", words)
+def unpack(words: bytes, order: str = "<") -> tuple[int, ...]:
+    return struct.unpack(f"{order}{len(words) // WORD}Q", words)
 
 
 def numbers_of(words: bytes) -> list[int]:
-    """The PFNs, or swap types and offsets, in entries."""
+    """The PFNs in entries, or what stands in their bits."""
     if words[4::WORD].count(0) == len(words) // WORD and sys.byteorder == "little":
         return memoryview(words).cast("I")[::2].tolist()  # in a quarter of the time
     return [word & NUMBER_MASK for word in unpack(words)]
@@ -250,13 +252,12 @@ def numbers_of(words: bytes) -> list[int]:
 
 def next_resident(pagemap: int, start: int, end: int) -> int:
     """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN)."""
-    region = array.array("Q", [0, 0, 0])
-    which = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    head = (12 * WORD, 0, start * PAGE_SIZE, end * PAGE_SIZE, 0)  # size flags start end walk_end
-    vector = (region.buffer_info()[0], 1, 1)  # vec vec_len max_pages
-    masks = (0, 0, which, which)  # category_inverted _mask _anyof_mask, return_mask
-    found = fcntl.ioctl(pagemap, PAGEMAP_SCAN, array.array("Q", head + vector + masks), True)
-    return region[0] // PAGE_SIZE if found else end
+    region, which = array.array("Q", [0, 0, 0]), PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+    # size flags start end walk_end, vec vec_len max_pages, category_inverted _mask _anyof_mask,
+    # return_mask
+    head = (12 * WORD, 0, start * PAGE_SIZE, end * PAGE_SIZE, 0, region.buffer_info()[0], 1, 1)
+    fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
+    return region[0] // PAGE_SIZE if region[1] else end  # the kernel has filled in start and end
 
 
 class Kernel:
@@ -300,16 +301,17 @@ class Kernel:
             address = int(mapping[1], 16) if mapping else 0
             return numbers_of(read_words(self.pagemap, address // PAGE_SIZE, 1))[0]
 
-    def is_anon(self, pfn: int) -> bool:
-        return self._has(pfn, KPF_ANON)
-
-    def is_zero(self, pfn: int) -> bool:
-        return self._has(pfn, KPF_ZERO_PAGE)
-
-    def _has(self, pfn: int, flag: int) -> bool:
+    def has(self, pfn: int, flag: int) -> bool:
         """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
         words = read_words(self.flags, pfn, 1)
         return bool(words) and bool(unpack(words)[0] & flag)
+
+
+def give_up() -> NoReturn:
+    """End at once, where there is no memory for anything else."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\r\033[K" * os.isatty(2) + b"memuse: there is not enough memory\n")
+    os._exit(1)
 
 
 class Readers:
@@ -318,13 +320,19 @@ class Readers:
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.stack_size(1 << 18)  # under ulimit -v, the usual 8 MiB are dear
-        # The main thread reads too; a page has two figures to read, its share and its frame.
+        # The main thread reads too.  More do not help: smaps is one walk, pagemap the other.
         for _ in range(min(2, max(1, (os.cpu_count() or 1) - 1))):
-            threading.Thread(target=self._run, daemon=True).start()
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+            except RuntimeError:
+                raise MemoryError from None
 
     def _run(self) -> None:
-        while True:
-            self._call(*self._calls.get())
+        try:
+            while True:
+                self._call(*self._calls.get())
+        except MemoryError:  # not even an error could be handed over
+            give_up()
 
     def _call(self, calls: list[Callable[[], Any]], outcome: queue.SimpleQueue[Any]) -> None:
         with contextlib.suppress(IndexError):  # somebody else has begun it
@@ -337,7 +345,7 @@ class Readers:
     def submit(self, call: Callable[[], T]) -> Callable[[], T]:
         """Have a thread call; what is returned waits for the result, or raises its error.
 
-        Who waits does not idle, but makes what calls no thread has begun.
+        Who waits makes calls, too, that no thread has begun.
         """
         calls: list[Callable[[], T]] = [call]  # until somebody takes it
         outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -388,35 +396,37 @@ class Reading:
         self, node: Node, kernel: Kernel | None, wanted: set[str], readers: Readers
     ) -> None:
         """With `kernel`, its page tables too; figures if any of FROM_SMAPS is wanted."""
-        self.vmas: list[Vma] = []
+        self.files: list[FileVma] = []
         self.batches: Iterator[list[Span]] = iter(())
-        self.figures: Callable[[], Counter[bytes]] = Counter
+        self._smaps: int | None = None
+        self._ahead: Callable[[], Counter[bytes]] | None = None
         self._files: list[int] = []
         directory = self._open(proc(str(node.pid)))
         stat = parse_stat(read_file("stat", directory))
         if stat.started != node.stat.started:
             raise ProcessLookupError  # its PID was used anew
         # Not psutil's: it reads all that a process may claim, and not by way of the directory.
-        cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
-        self.command = command_line(cmdline, stat.name)
+        self.command = command_line(read_file("cmdline", directory, COMMAND_LIMIT + 1), stat.name)
         self.user = psutil.Process(node.pid).username() if "user" in wanted else None
         alive = self._alive(stat, directory)
         if alive is not None and wanted & FROM_SMAPS:
             try:
-                file = self._open(alive + "smaps_rollup", directory)
+                self._smaps = self._open(alive + "smaps_rollup", directory)
             except FileNotFoundError:  # before 4.14, or the process is gone
-                file = self._open(alive + "smaps", directory)
-            self.figures = readers.submit(functools.partial(self._figures, file))
+                self._smaps = self._open(alive + "smaps", directory)
+            if stat.rss > LONG:  # else handing it over takes longer
+                self._ahead = readers.submit(self._figures)
         if alive is not None and kernel:
             self.pagemap = self._open(alive + "pagemap", directory)
-            self.vmas = parse_vmas(read_file(alive + "maps", directory))
-            self.batches = batches_of(self.vmas, self.pagemap, kernel.scan)
-        if parse_stat(read_file("stat", directory))[4:6] != stat[4:6]:
+            areas, self.files = parse_maps(read_file(alive + "maps", directory))
+            self.batches = batches_of(areas, self.pagemap, kernel.scan)
+        after = parse_stat(read_file("stat", directory))
+        if (after.started, after.image) != (stat.started, stat.image):
             raise ProcessLookupError
         self.first = self.read(next(self.batches, []))
 
     def __del__(self) -> None:  # once no thread reads any more
-        for fd in self._files:
+        for fd in vars(self).get("_files", ()):  # there may have been no memory to begin with
             os.close(fd)
 
     def _open(self, name: str, directory: int | None = None) -> int:
@@ -435,8 +445,14 @@ class Reading:
                     return f"task/{tid}/"
         return None
 
-    def _figures(self, file: int) -> Counter[bytes]:
-        with open(file, "rb", buffering=0, closefd=False) as smaps:
+    def figures(self) -> Counter[bytes]:
+        """The kernel's own, in KiB, if they are wanted."""
+        return self._ahead() if self._ahead else self._figures()
+
+    def _figures(self) -> Counter[bytes]:
+        if self._smaps is None:
+            return Counter()
+        with open(self._smaps, "rb", buffering=0, closefd=False) as smaps:
             figures = parse_figures(smaps.read())
         if not figures:
             raise ProcessLookupError
@@ -455,21 +471,14 @@ class Reading:
 # How many entries to ask for at a time: few where memory is sparse.
 LONG, SHORT = 1 << 15, PMD_PAGES
 SMALL = 1 << 13  # pages that are read whole, without a look for what is resident
-HOLE = 256  # pages that cost less to read over than another call
 
 
-def batches_of(vmas: list[Vma], pagemap: int, scan: bool) -> Iterator[list[Span]]:
+def batches_of(areas: list[Span], pagemap: int, scan: bool) -> Iterator[list[Span]]:
     """Spans of pages that hold whatever is resident and little else, in portions of like cost.
 
-    They end at multiples of PMD_PAGES, if a VMA goes on there: no huge page is cut.
-    Error: ProcessLookupError if there are no VMAs, as after exit and exec.
+    They end at multiples of PMD_PAGES, if an area goes on there: no huge page is cut.
+    Error: ProcessLookupError if nothing is mapped, as after exit and exec.
     """
-    areas: list[list[int]] = []
-    for start, end, _, _ in vmas:
-        if areas and start - areas[-1][1] < HOLE:
-            areas[-1][1] = end
-        elif start < VSYSCALL:
-            areas.append([start, end])
     if not areas:
         raise ProcessLookupError
     batch, cost = [], 0
@@ -497,12 +506,13 @@ def batches_of(vmas: list[Vma], pagemap: int, scan: bool) -> Iterator[list[Span]
 LANES = 4 * PMD_PAGES
 ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
 RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
-# Marks: no memory; met as part of a PRIVATE huge page; others are of Blocks.
-UNREAL, CLAIMED, *OF_BLOCKS = range(1, 256)
+FEW = 16  # numbers at a place take less memory in a dictionary than a Block
+# Marks: no memory; met as part of a PRIVATE huge page; in no Block; others are of Blocks.
+UNREAL, CLAIMED, LONE, *OF_BLOCKS = range(1, 256)
 GROWTH = 1 << 20  # so many marks are added at a time
-PART = 1 << 10  # so many marks are looked at in one go
+PART = 1 << 12  # so many are looked through in one go
 UNMARKED = bytes(PART)
-MARKED = re.compile(rb"[^\0]+(?:\0{1,32}[^\0]+)*")  # PFNs whose kpagecount to read in one call
+MARKED = re.compile(rb"[^\0]+(?:\0{1,64}[^\0]+)*")  # PFNs whose kpagecount to read in one call
 MANY = 255  # mapcounts from here on do not fit in a byte
 
 
@@ -514,6 +524,15 @@ def octets(lanes: int) -> bytes:
 def whole(lanes: int) -> int:
     """0xFF where lanes are marked by 0x80."""
     return (lanes << 1) - (lanes >> 7)
+
+
+def planes_of(words: bytes, at: int) -> list[int]:
+    """The numbers in entries: from lane `at` on the lowest bytes of all, then the next."""
+    columns = [words[i::WORD] for i in range(NUMBER_BYTES)]
+    empty = bytes(len(words) // WORD)  # as the highest are, mostly
+    return [
+        0 if column == empty else int.from_bytes(column, "little") << 8 * at for column in columns
+    ]
 
 
 def huge_page(entry: int) -> bytes:
@@ -592,7 +611,7 @@ class Block:
 
 
 class Ledger:
-    """Numbers (PFNs or swap slots) that may be shared, each counted once.
+    """Numbers that may be shared, PFNs or offsets of swap slots, each counted once.
 
     Forked processes have the same page at the same address, and processes that map
     a file have the same page at the same place in it.  So a number is entered in a
@@ -604,7 +623,8 @@ class Ledger:
     are.  The lanes in which a process equals the Blocks are that many different
     numbers, unless it maps a place twice, which `own` shows.  A number met elsewhere
     than where it was entered (KSM, mremap, buffers of drivers) is a stray, and
-    strays are few enough for a dictionary.
+    strays are few enough for a dictionary.  So are lone numbers, at places where
+    there are too few for a Block: they are entered nowhere, and strays from the first.
     """
 
     def __init__(self) -> None:
@@ -621,102 +641,119 @@ class Ledger:
 
     def _begin(self) -> None:
         # Of the current process: lanes in which it equals Blocks, and those it entered;
-        # strays; huge pages.
+        # strays, and those of them that are lone and new; huge pages.
         self.own: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
-        self.entered: list[tuple[Block, int]] = []
+        self.entered: defaultdict[Block, int] = defaultdict(int)
         self.strays: Counter[int] = Counter()
+        self.lone: list[int] = []
         self.new = 0
         self.claims: list[int] = []
+
+    def mark(self, number: int) -> int:
+        return self.marks[number] if number < len(self.marks) else 0
 
     def reach(self, number: int) -> None:
         """Have marks for numbers up to this one."""
         if number >= len(self.marks):
             self.marks.resize((number // GROWTH + 1) * GROWTH)
 
-    def add(self, words: bytes, lanes: bytes, place: Place, is_memory: IsMemory = None) -> None:
-        """Take in those entries of the process that `lanes` marks; they begin at `place`.
+    def add(
+        self, words: bytes, lanes: bytes | bytearray, first: int, end: int, place: Place
+    ) -> None:
+        """Take in the process's entries from `first` up to `end`, if `lanes` marks them.
 
-        Numbers that nobody had before must pass `is_memory`, if it is given.
+        `place` is where entry 0 is, or would be.
         """
         file, index = place
-        for start in range(-(index % LANES), len(lanes), LANES):
-            span = max(start, 0), start + LANES
+        for start in range(first - (index + first) % LANES, end, LANES):
+            span = max(start, first), min(start + LANES, end)
             # Between the first and the last lane: what is a process's own beside them differs.
             low, high = lanes.find(0x80, *span), lanes.rfind(0x80, *span) + 1
             if not high:
                 continue
             key, at = (file, (index + low) // LANES), low - start
-            part, chosen = words[low * WORD : high * WORD], lanes[low:high]
+            part, chosen = words[low * WORD : high * WORD], bytes(lanes[low:high])
             content = hash((key, at, part, chosen))
             known = self.recent.pop(content, None)
-            found, complete = (
-                (known, True) if known else self._find(key, part, chosen, at, is_memory)
-            )
+            found, complete = (known, True) if known else self._find(key, part, chosen, at)
             if complete:
                 self.recent[content] = found  # now the last to go
                 if len(self.recent) > 2 * len(self.blocks):
                     del self.recent[next(iter(self.recent))]
             for block, same, number in found:
-                self.own[block].append((same, number))
+                every = self.own[block]
+                if every and not every[-1][0] & same:  # so that few are kept
+                    others, many = every.pop()
+                    same, number = same | others, number + many
+                every.append((same, number))
 
-    def _find(
-        self, key: Place, words: bytes, chosen: bytes, at: int, is_memory: IsMemory
-    ) -> tuple[list[Found], bool]:
+    def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> tuple[list[Found], bool]:
         """Blocks and lanes that equal the chosen entries, from lane `at` on; whether all do.
 
         What is new is entered.
         """
-        planes = [int.from_bytes(words[i::WORD], "little") << 8 * at for i in range(NUMBER_BYTES)]
-        left = int.from_bytes(chosen, "little") << 8 * at
         found: list[Found] = []
         complete = True
         blocks, depth = self.blocks[key], 0
+        left = int.from_bytes(chosen, "little") << 8 * at
+        planes: list[int] = []
         while left:
             if depth == len(blocks):
+                if octets(left >> 8 * at).count(0x80) <= FEW:
+                    self._enter_lone(words, left >> 8 * at)
+                    return found, False
                 mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
                 blocks.append(Block(self.of_file.setdefault(key[0], mark)))
+            planes = planes or planes_of(words, at)
             block = blocks[depth]
             depth += 1
             same = block.same(planes, left)
             fresh = left & ~(same | block.known)
             if fresh:
-                new = self._enter(block.mark, words, fresh >> 8 * at, is_memory) << 8 * at
-                block.enter(planes, new)
-                self.entered.append((block, new))
+                new = self._enter(block.mark, words, fresh >> 8 * at)
                 self.new += octets(new).count(0x80)
+                new <<= 8 * at
+                block.enter(planes, new)
+                self.entered[block] |= new
                 complete = complete and new == fresh
                 same |= new
             if same:
-                found.append((block, same, octets(same).count(0x80)))
+                found.append((block, same, octets(same >> 8 * at).count(0x80)))
             left &= ~(same | fresh)
         return found, complete
 
-    def _enter(self, mark: int, words: bytes, lanes: int, is_memory: IsMemory) -> int:
+    def _enter(self, mark: int, words: bytes, lanes: int) -> int:
         """Mark the numbers in these lanes; lanes of those that nobody had."""
-        chosen, marks, done = octets(lanes), self.marks, 0
+        chosen, marks = octets(lanes), self.marks
         numbers = numbers_of(words[: len(chosen) * WORD])
         if chosen.count(0x80) < len(numbers):
             numbers = list(compress(numbers, chosen))
-        if not is_memory:
-            left = iter(numbers)
-            with contextlib.suppress(IndexError):  # beyond what marks reach
-                for number in left:  # the usual case, and the loop that costs most
-                    if marks[number]:
-                        break
-                    marks[number] = mark
-                else:
-                    return lanes
-            done = len(numbers) - 1 - length_hint(left)
+        left = iter(numbers)
+        with contextlib.suppress(IndexError):  # beyond what marks reach
+            for number in left:  # the usual case, and the loop that costs most
+                if marks[number]:
+                    break
+                marks[number] = mark
+            else:
+                return lanes
+        done = len(numbers) - 1 - length_hint(left)
         self.reach(max(numbers))
         entered = bytearray(chosen)
         for at, number in islice(zip(compress(count(), chosen), numbers), done, None):
-            if not marks[number] and (not is_memory or is_memory(number)):
+            if not marks[number]:
                 marks[number] = mark
                 continue
             entered[at] = 0
-            if marks[number] not in (0, UNREAL):
+            if marks[number] != UNREAL:
                 self.strays[number] += 1
         return int.from_bytes(entered, "little")
+
+    def _enter_lone(self, words: bytes, lanes: int) -> None:
+        new = octets(self._enter(LONE, words, lanes))
+        numbers = list(compress(numbers_of(words[: len(new) * WORD]), new))
+        self.lone += numbers
+        self.strays.update(numbers)
+        self.new += len(numbers)
 
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
@@ -729,7 +766,8 @@ class Ledger:
 
     def commit(self) -> tuple[int, int]:
         """End a process: how many different numbers it has, and how many nobody had before."""
-        distinct, new, astray = 0, self.new, set(self.strays)
+        new, astray = self.new, {n for n in self.strays if self.marks[n] != LONE}
+        distinct = len(self.strays) - len(astray)
         for block, every in self.own.items():
             for lanes, number in every:
                 block.add_inside(lanes)
@@ -748,10 +786,12 @@ class Ledger:
     def rollback(self) -> None:
         """Forget what came from the current process."""
         self.recent.clear()
-        for block, lanes in self.entered:
+        for block, lanes in self.entered.items():
             for number in block.numbers(lanes):
                 self.marks[number] = 0
             block.forget(lanes)
+        for number in self.lone:
+            self.marks[number] = 0
         for first in self.claims:
             self.marks[first : first + PMD_PAGES] = bytes(PMD_PAGES)
         self._begin()
@@ -762,13 +802,14 @@ Count = namedtuple("Count", "frames new_frames slots new_slots")
 
 
 class Census:
-    """The count over all processes."""
+    """The count over all processes; without `kernel`, of those whose page tables are not read."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.frames, self.slots = Ledger(), Ledger()
+    def __init__(self, kernel: Kernel | None) -> None:
+        self.kernel: Any = kernel
+        self.frames = Ledger()
+        self.slots: defaultdict[int, Ledger] = defaultdict(Ledger)  # by swap type
         self.private = 0  # PRIVATE frames
-        for pfn in kernel.zero_pages:
+        for pfn in kernel.zero_pages if kernel else ():
             self.frames.reach(pfn)
             self.frames.marks[pfn] = UNREAL
         # To know processes that share their memory (vfork, CLONE_VM) by: page and PFN of
@@ -782,121 +823,123 @@ class Census:
 
         If either raises an error, it is as if the process had never been met.
         """
-        files = [vma for vma in reading.vmas if vma.file]
         private, witness = 0, None
         try:
             for start, words in chunks:
-                kinds = self._kinds(start, words)
-                alone = kinds.count(PRIVATE)
-                if alone and not witness:
+                kinds = words[FLAGS::WORD].translate(KINDS)
+                if not witness and PRIVATE in kinds:  # true of a huge page's first page, too
                     at = kinds.index(PRIVATE)
                     witness = start + at, numbers_of(words[at * WORD : (at + 1) * WORD])[0]
                     twin = self._twin(witness, reading)
                     if twin:
                         self.rollback()
                         return twin._replace(new_frames=0, new_slots=0), reading.figures()
-                private += alone
-                if alone + kinds.count(NOTHING) < len(kinds):
-                    self._shared(start, words, kinds, files)
+                kinds = self._real_kinds(start, words, kinds)
+                privates = kinds.count(PRIVATE)
+                private += privates
+                if privates + kinds.count(NOTHING) < len(kinds):
+                    self._shared(start, words, kinds, reading.files)
             figures = reading.figures()
         except BaseException:
             self.rollback()
             raise
         frames, new_frames = self.frames.commit()
-        result = Count(private + frames, private + new_frames, *self.slots.commit())
+        slots = map(sum, zip((0, 0), *(ledger.commit() for ledger in self.slots.values())))
+        result = Count(private + frames, private + new_frames, *slots)
         self.private += private
         if witness:
             self.witnesses[witness] = pid, result
         return result, figures
 
     def rollback(self) -> None:
-        self.frames.rollback()
-        self.slots.rollback()
+        for ledger in self.frames, *self.slots.values():
+            ledger.rollback()
 
     def _twin(self, witness: tuple[int, int], reading: Reading) -> Count | None:
         """What was counted for a process that has the same PRIVATE frame at this moment."""
         pid, counted = self.witnesses.get(witness, (0, None))
         if counted:
-            page = witness[0]
             with contextlib.suppress(OSError), open(proc(f"{pid}/pagemap"), "rb") as pagemap:
-                there = read_words(pagemap.fileno(), page, 1)
-                if there == read_words(reading.pagemap, page, 1) != b"":
+                there = read_words(pagemap.fileno(), witness[0], 1)
+                if there and there == read_words(reading.pagemap, witness[0], 1):
                     return counted if KINDS[there[FLAGS]] == PRIVATE else None
         return None
 
-    def _kinds(self, start: int, words: bytes) -> bytes:
-        """What each entry stands for; PRIVATE only if it is.
+    def _real_kinds(self, start: int, words: bytes, kinds: bytes) -> bytes:
+        """The kinds with PRIVATE only where it is true, and the huge zero page as NOTHING.
 
         EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have
         its first page's bit (before 6.11, and seen again in 6.18), while others may
         have its other pages, having copied or given up the first after a fork.  And
         the huge zero page, which always comes whole, passes for a file's.
         """
-        kinds = words[FLAGS::WORD].translate(KINDS)
         for at in range(-start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
             kind = kinds[at]
-            if kind not in (PRIVATE, OF_FILE):
-                continue
+            if words[at * WORD] or kind not in (PRIVATE, SHARED, OF_FILE):
+                continue  # the usual case: PFNs of huge pages end in zeros
             entry = int.from_bytes(words[at * WORD : (at + 1) * WORD], "little")
             pfn = entry & NUMBER_MASK
             if pfn % PMD_PAGES or words[at * WORD : (at + PMD_PAGES) * WORD] != huge_page(entry):
                 continue
             if kind == PRIVATE and not self.frames.claim(pfn):
                 kind = SHARED
-            elif kind == OF_FILE and self.kernel.is_zero(pfn):
+            elif kind != PRIVATE and self.kernel.has(pfn, KPF_ZERO_PAGE):
                 kind = NOTHING
             kinds = kinds[:at] + bytes([kind]) * PMD_PAGES + kinds[at + PMD_PAGES :]
         return kinds
 
-    def _shared(self, start: int, words: bytes, kinds: bytes, files: list[Vma]) -> None:
+    def _shared(self, start: int, words: bytes, kinds: bytes, files: list[FileVma]) -> None:
         """Take in what is not PRIVATE: what is a file's by its place there, else by address."""
-        if IN_SWAP in kinds:
-            swapped = int.from_bytes(kinds.translate(LANES_OF[IN_SWAP]), "little")
-            real = int.from_bytes(words[::WORD].translate(LANES_OF_SWAP), "little")
-            self.slots.add(words, (swapped & real).to_bytes(len(kinds), "little"), (None, start))
-        rest = bytearray(kinds)
+        of_file, shared = (bytearray(kinds.translate(LANES_OF[k])) for k in (OF_FILE, SHARED))
+        size = len(kinds)
         for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
-            vma = files[i]
-            if vma.start >= start + len(kinds):
+            first, end, shift, file = files[i]
+            if first >= start + size:
                 break
-            first, end = max(0, vma.start - start), max(0, vma.end - start)
-            part = kinds[first:end]
-            rest[first:end] = bytes(len(part))
-            if OF_FILE in part:
-                place = vma.file, vma.offset + start + first - vma.start
-                lanes = part.translate(LANES_OF[OF_FILE])
-                self.frames.add(words[first * WORD : end * WORD], lanes, place)
-            if SHARED in part:  # the process's own copy, or device memory
-                lanes = part.translate(LANES_OF[SHARED])
-                place = None, start + first
-                self.frames.add(words[first * WORD : end * WORD], lanes, place, self.kernel.is_anon)
-        for kind in OF_FILE, SHARED:
-            if kind in rest:
-                self.frames.add(words, bytes(rest).translate(LANES_OF[kind]), (None, start))
+            first, end = max(first - start, 0), max(min(end - start, size), 0)
+            if kinds.find(OF_FILE, first, end) >= 0:
+                self.frames.add(words, of_file, first, end, (file, shift + start))
+                of_file[first:end] = bytes(end - first)
+            if kinds.find(SHARED, first, end) >= 0:  # the process's own copies, or a device's
+                numbers = numbers_of(words[first * WORD : end * WORD])
+                for at, pfn in compress(enumerate(numbers, first), shared[first:end]):
+                    if not (self.frames.mark(pfn) or self.kernel.has(pfn, KPF_ANON)):
+                        shared[at] = 0
+        for lanes in of_file, shared:
+            if 0x80 in lanes:
+                self.frames.add(words, lanes, 0, size, (None, start))
+        if IN_SWAP in kinds:
+            self._swapped(start, words, kinds.translate(LANES_OF[IN_SWAP]))
 
-    def alone(self, readers: Readers) -> int:
+    def _swapped(self, start: int, words: bytes, lanes: bytes) -> None:
+        """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
+        size, types = len(lanes), words[::WORD].translate(SWAP_TYPE_OF)
+        offsets = (int.from_bytes(words, "little") >> SWAP_TYPE_BITS).to_bytes(len(words), "little")
+        swapped = int.from_bytes(lanes, "little")
+        for swap_type in {*compress(types, lanes)} & {*range(SWAP_TYPES)}:
+            of_type = int.from_bytes(types.translate(LANES_OF[swap_type]), "little")
+            real = (of_type & swapped).to_bytes(size, "little")
+            self.slots[swap_type].add(offsets, real, 0, size, (None, start))
+
+    def alone(self) -> int:
         """How many frames have in the set all the mappings that the kernel knows of.
 
         Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
         """
         frames = self.frames
-        self._visit_itself()
-        counts = lazy_bytes(len(frames.marks))  # a byte for each, at most MANY
-        many: dict[int, int] = {}
-        of_mark: Counter[int] = Counter()
-        calls = [functools.partial(self._mapcounts, at) for at in range(0, len(counts), 64 * PART)]
-        for runs in readers.ahead(calls, 4):
-            for first, low, high, sums in runs():
-                counts[first : first + len(low)] = low
-                many.update(high)
-                of_mark.update(sums)
-        # What is left when mappings that no Block knows of are taken off:
-        for number, times in frames.astray.items():
-            mapcount = many.get(number, counts[number])
-            left = max(0, mapcount - times)
-            of_mark[frames.marks[number]] -= mapcount - left
-            counts[number], many[number] = min(left, MANY), left
+        own = self._own_mappings()
+        for _ in range(3):
+            before = own
+            counts, many, of_mark = self._mapcounts()
+            own = self._own_mappings()
+            if own == before:
+                break  # else code that ran for the first time was mapped meanwhile
         alone = self.private
+        # What is left when mappings that no Block knows of, and memuse's own, are taken off:
+        for number, times in (frames.astray + own).items():
+            left = max(0, many.get(number, counts[number]) - times)
+            counts[number], many[number] = min(left, MANY), left
+            alone += frames.marks[number] == LONE and not left
         for first in frames.claimed:
             alone -= sum(mapcount > 1 for mapcount in counts[first : first + PMD_PAGES])
         for block in chain.from_iterable(frames.blocks.values()):
@@ -906,45 +949,45 @@ class Census:
             numbers = block.numbers(block.known)
             mapcounts = [counts[number] for number in numbers]
             if MANY in mapcounts:
-                mapcounts = [many.get(number, MANY) for number in numbers]
+                mapcounts = [many.get(number, counts[number]) for number in numbers]
             alone += sum(map(int.__le__, mapcounts, block.mappings()))
         return alone
 
-    def _visit_itself(self) -> None:
-        """Count memuse's own mappings of the set's files: it is not to be outside the set."""
-        frames, files = self.frames, {file for file, _ in self.frames.blocks if file}
-        for start, end, _, file in parse_vmas(read_file(proc("self/maps"))):
-            if file in files and start < VSYSCALL:
+    def _mapcounts(self) -> tuple[mmap.mmap, dict[int, int], list[int]]:
+        """Of all that is marked: a byte by PFN, at most MANY; others by PFN; sums by mark."""
+        frames, of_mark = self.frames, [0] * 256
+        many: dict[int, int] = {}
+        counts = lazy_bytes(len(frames.marks))
+        for start in range(0, len(counts), PART):
+            marks = frames.marks[start : start + PART]
+            for run in MARKED.finditer(marks) if marks != UNMARKED else ():
+                first, mark = start + run.start(), run[0][0]
+                words = read_words(self.kernel.count, first, len(run[0]))
+                low = words[::WORD]
+                mapcounts: Sequence[int] = low
+                if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
+                    mapcounts = unpack(words)
+                    low = bytes(min(mapcount, MANY) for mapcount in mapcounts)
+                    many.update((pfn, n) for pfn, n in enumerate(mapcounts, first) if n >= MANY)
+                counts[first : first + len(low)] = low
+                if run[0].count(mark) == len(low):
+                    of_mark[mark] += sum(mapcounts)
+                    continue
+                for mark in {*run[0]} - {0}:
+                    of_mark[mark] += sum(compress(mapcounts, run[0].translate(LANES_OF[mark])))
+        return counts, many, of_mark
+
+    def _own_mappings(self) -> Counter[int]:
+        """How often memuse maps the set's frames itself: it is not to be outside the set."""
+        own: Counter[int] = Counter()
+        frames, files = self.frames, {file for file, _ in self.frames.blocks}
+        for start, end, _, file in parse_maps(read_file(proc("self/maps")))[1]:
+            if file in files:
                 words = read_words(self.kernel.pagemap, start, end - start)
                 kinds = words[FLAGS::WORD].translate(KINDS)
-                for pfn in compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE])):
-                    if pfn < len(frames.marks) and frames.marks[pfn] >= OF_BLOCKS[0]:
-                        frames.astray[pfn] += 1
-
-    def _mapcounts(self, start: int) -> list[tuple[int, bytes, dict[int, int], dict[int, int]]]:
-        """Runs of PFNs that hold what is marked from `start` on.
-
-        The first; mapcounts; those that do not fit in a byte, by PFN; sums by mark.
-        """
-        runs = []
-        for part in range(start, min(start + 64 * PART, len(self.frames.marks)), PART):
-            marks = self.frames.marks[part : part + PART]
-            for run in MARKED.finditer(marks) if marks != UNMARKED else ():
-                first = part + run.start()
-                words = read_words(self.kernel.count, first, len(run[0]))
-                each: Iterable[int] = words[::WORD]
-                high = {}
-                low = words[::WORD]
-                if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
-                    each = unpack(words)
-                    low = bytes(min(mapcount, MANY) for mapcount in each)
-                    high = {first + i: n for i, n in enumerate(each) if n >= MANY}
-                sums = {}
-                for mark in {*run[0]} - {0}:
-                    of_mark = bytes(mark) + b"\1" + bytes(255 - mark)
-                    sums[mark] = sum(compress(each, run[0].translate(of_mark)))
-                runs.append((first, low, high, sums))
-        return runs
+                pfns = compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE]))
+                own.update(pfn for pfn in pfns if frames.mark(pfn) > CLAIMED)
+        return own
 
 
 # ---- The set of processes -----------------------------------------------------
@@ -959,7 +1002,7 @@ def process_tree(roots: list[int]) -> list[Node]:
     stats: dict[int, Stat] = {}
     children = defaultdict(list)
     for pid in sorted({*psutil.pids()} - {own_pid()}):
-        with contextlib.suppress(*VANISHED):
+        with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
             stats[pid] = parse_stat(read_file(proc(f"{pid}/stat")))
             children[stats[pid].ppid].append(pid)
     for root in roots:
@@ -986,23 +1029,20 @@ COMMAND_LIMIT = 1 << 17  # bytes: a process can claim any of its memory to be ar
 def command_line(cmdline: bytes, name: bytes) -> str:
     """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
     line = cmdline[:COMMAND_LIMIT].rstrip(b"\0").replace(b"\0", b" ")
-    if not line.strip():
-        line = b"[%s]" % name
+    line = line if line.strip() else b"[%s]" % name
     shown = visible(line.decode("utf-8", "surrogateescape"))
     return shown + "..." if len(cmdline) > COMMAND_LIMIT else shown
 
 
 def visible(text: str) -> str:
     """The text with what a terminal might obey, or not show, written as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else escape(c) for c in text)
+    # A byte that is not UTF-8 stands in it as a surrogate (PEP 383).
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8 (PEP 383)
-        return f"\\x{ord(character) & 0xFF:02x}"
-    return character.encode("unicode_escape").decode()
+def plural(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"
 
 
 # The processes, then all together; PIDs left out, and why; how many exited.
@@ -1017,7 +1057,7 @@ def measure(
     Error if a root is not there, or ends before it is read.
     """
     nodes = process_tree(roots)
-    census, readers = kernel and Census(kernel), Readers()
+    census, readers = Census(kernel), Readers()
     rows: list[Row] = []
     skipped: dict[int, str] = {}
     exited = slots = pages = 0
@@ -1025,29 +1065,36 @@ def measure(
     def show() -> None:
         progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
 
-    def chunks(reading: Reading) -> Iterator[Chunk]:
+    starts = [functools.partial(Reading, node, kernel, wanted, readers) for node in nodes]
+    begun: dict[int, Callable[[], Reading]] = {}
+
+    def batches(i: int, reading: Reading) -> Iterator[Callable[[], list[Chunk]]]:
+        for batch in reading.batches:
+            # Others begin meanwhile, four at the most: only beside a large process does that
+            # take less time than handing them over.
+            for n in range(i + 1, min(i + 5, len(starts))):
+                if n not in begun:
+                    begun[n] = readers.submit(starts[n])
+            yield functools.partial(reading.read, batch)
+
+    def chunks(i: int, reading: Reading) -> Iterator[Chunk]:
         nonlocal pages
-        calls = (functools.partial(reading.read, batch) for batch in reading.batches)
-        for result in chain([lambda: reading.first], readers.ahead(calls, 6)):
+        for result in chain([lambda: reading.first], readers.ahead(batches(i, reading), 6)):
             for start, words in result():
                 yield start, words
                 pages += len(words) // WORD
             show()
 
-    starts = [functools.partial(Reading, node, kernel, wanted, readers) for node in nodes]
-    for node, again, start in zip(nodes, starts, readers.ahead(starts, 4)):
+    for i, (node, again) in enumerate(zip(nodes, starts)):
         show()
-        for attempt in (start, again, again):
+        for attempt in (begun.get(i, again), again, again):
             try:
                 reading = attempt()
-                if census:
-                    counted, kib = census.process(node.pid, reading, chunks(reading))
-                else:
-                    counted, kib = Count(0, 0, 0, 0), reading.figures()
+                counted, kib = census.process(node.pid, reading, chunks(i, reading))
             except VANISHED:
                 continue
-            except OSError as error:
-                skipped[node.pid] = os.strerror(error.errno or 0)
+            except (OSError, psutil.AccessDenied) as error:
+                skipped[node.pid] = os.strerror(getattr(error, "errno", None) or errno.EACCES)
             else:
                 slots += counted.new_slots
                 rows.append(row_of(node, reading, counted, kib))
@@ -1060,12 +1107,11 @@ def measure(
             else:
                 exited += 1
 
-    total: Row = {"command": f"{len(rows)} process{'' if len(rows) == 1 else 'es'}"}
-    total |= {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
+    total: Row = {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
     total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
-    total |= {"swap": slots * PAGE_SIZE}
-    if census and "uss" in wanted:
-        total["uss"] = census.alone(readers) * PAGE_SIZE
+    total |= {"swap": slots * PAGE_SIZE, "command": plural(len(rows))}
+    if kernel and "uss" in wanted:
+        total["uss"] = census.alone() * PAGE_SIZE
     return Report(rows, total, skipped, exited)
 
 
@@ -1108,12 +1154,10 @@ IN_JSON = "pid,ppid,depth,frames,unique,size,rss,pss,uss,swap,command"
 
 def human(size: int) -> str:
     """A size like 6.9M, in powers of 1024, as du and free write them."""
-    value, unit = float(size), ""
-    for unit in ("", *"KMGTPE"):  # noqa: B007
-        if round(value) < 1024:
-            break
-        value /= 1024
-    return f"{value:.1f}{unit}" if unit and round(value, 1) < 10 else f"{value:.0f}{unit}"
+    value, power = float(size), 0
+    while round(value) >= 1024:
+        value, power = value / 1024, power + 1
+    return f"{value:.{int(power > 0 and round(value, 1) < 10)}f}{' KMGTPE'[power].strip()}"
 
 
 def kibibytes(size: int) -> str:
@@ -1306,13 +1350,17 @@ def main(argv: list[str] | None = None) -> int:
         write(text, sys.stdout)
         messages += [f"process {pid} left out: {why}" for pid, why in report.skipped.items()]
         if report.exited:
-            some = "1 process" if report.exited == 1 else f"{report.exited} processes"
-            messages.append(f"{some} exited while being read")
+            messages.append(f"{plural(report.exited)} exited while being read")
         status = 1 if report.skipped else 0
-    except (Error, OSError) as error:
+    except (MemoryError, ImportError):  # a module cannot be mapped
+        give_up()
+    except Error as error:
         messages.append(str(error))
-    except (MemoryError, RuntimeError, ImportError):  # a thread cannot be started, a module mapped
-        messages.append("there is not enough memory")
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            give_up()
+        where = os.fsdecode(error.filename) if error.filename else "reading"
+        messages.append(f"{where}: {error.strerror}")
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     progress.clear()
@@ -1321,4 +1369,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # All is written.  To take the interpreter apart would be a tenth of a short run.
+    os._exit(main())

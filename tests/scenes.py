@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 HUGE = 2 * MIB
 MADV_MERGEABLE, MADV_HUGEPAGE, MADV_NOHUGEPAGE = 12, 14, 15
-MADV_PAGEOUT, MADV_GUARD_INSTALL = 21, 102
+MADV_DONTNEED, MADV_PAGEOUT, MADV_GUARD_INSTALL = 4, 21, 102
 MAP_HUGETLB, MAP_NORESERVE, MAP_FIXED = 0x40000, 0x4000, 0x10
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 ANON = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -121,6 +122,39 @@ def forked() -> None:
 
     fork(child)
     fork(lambda: write(memory, range(1400, 1600), 5))
+
+
+def generations() -> None:
+    """Five generations; each, and its second child, wrote anew to pages that others wrote to."""
+    memory = map_memory(4 * MIB)
+
+    def rewrite(generation: int) -> None:
+        write(memory, range(generation * 31, 900, generation + 1), generation)
+        if generation < 5:
+            fork(lambda: rewrite(generation + 1))
+            fork(lambda: write(memory, range(generation, 700, 3), 7))
+
+    rewrite(0)
+
+
+def crowd() -> None:
+    """Pages that a child maps 300 times and its child 200 times, and the parent some of them."""
+    with tempfile.TemporaryFile() as file:
+        file.write(os.urandom(20 * PAGE))
+        file.flush()
+
+        def place() -> int:
+            return map_memory(20 * PAGE, mmap.MAP_SHARED, file.fileno())
+
+        def many() -> None:
+            places = [place() for _ in range(300)]
+            for address in places:
+                touch(address, range(12))
+            touch(places[0], range(17))
+            fork(lambda: [unmap(address, 20 * PAGE) for address in places[200:]] and None)
+
+        touch(place(), range(4))
+        fork(many)
 
 
 def zero() -> None:
@@ -239,8 +273,24 @@ def shared() -> None:
     fork(mover)
 
 
+def scattered() -> None:
+    """Pages far apart, of which a child has copies, and others beside them."""
+    shared, copied = map_memory(40 * 8 * MIB, SHARED), map_memory(40 * 8 * MIB)
+    advise(copied, 40 * 8 * MIB, MADV_NOHUGEPAGE)
+    write(shared, range(5, 40 * 2048, 2048))
+    write(copied, range(7, 40 * 2048, 500))
+
+    def child() -> None:
+        write(shared, range(0, 3 * 2048, 3))
+        write(copied, range(7, 40 * 2048, 1500))
+        fork(lambda: touch(shared, range(5, 40 * 2048, 4096)))
+
+    fork(child)
+    fork(lambda: touch(shared, range(5, 40 * 2048, 4096)))
+
+
 def moved() -> None:
-    """A child moved copy-on-write memory to another address, where its sister has other."""
+    """A child moved copy-on-write memory to where its sister has other, and wrote to some."""
     memory = map_memory(4 * MIB)
     elsewhere = map_memory(4 * MIB)
     write(memory, range(900))
@@ -248,6 +298,7 @@ def moved() -> None:
 
     def mover() -> None:
         libc.mremap(memory, 4 * MIB, 4 * MIB, MREMAP_MAYMOVE | MREMAP_FIXED, elsewhere)
+        write(elsewhere, range(0, 900, 5))
         fork()
 
     fork(mover)
@@ -293,10 +344,19 @@ def sparse() -> None:
     fork(lambda: write(memory, range(7 * step + 500, 7 * step + 800), 1))
 
 
-def vforked() -> None:
-    """A process that shares its parent's memory: a spawn that waits for a FIFO's writer."""
-    memory = map_memory(4 * MIB)
-    write(memory, range(811))
+def vforked(at: int | None = None) -> None:
+    """A process that shares its parent's memory: a spawn that waits for a FIFO's writer.
+
+    Huge pages at an address below all else are the parent's alone: it forks before.
+    """
+
+    def fill() -> None:
+        write(map_memory(4 * MIB), range(811))
+        if at:
+            low = libc.mmap(ctypes.c_void_p(at), 8 * MIB, RW, ANON | MAP_FIXED, -1, 0)
+            advise(low, 8 * MIB, MADV_HUGEPAGE)
+            write(low, range(2048))
+
     with tempfile.TemporaryDirectory() as directory:
         fifo = f"{directory}/fifo"
         os.mkfifo(fifo)
@@ -306,10 +366,15 @@ def vforked() -> None:
                 stand_still_then_write(fifo)
 
         open_later()
+        fill()
         print("ready", flush=True)
         actions = [(os.POSIX_SPAWN_OPEN, 3, fifo, os.O_RDONLY, 0)]
         os.posix_spawn("/bin/true", ["true"], {}, file_actions=actions)
     os._exit(0)
+
+
+def vforked_huge() -> None:
+    vforked(0x200000)
 
 
 def stand_still_then_write(fifo: str) -> None:
@@ -343,11 +408,77 @@ def zombie() -> None:
     children.append(pid)
 
 
-def main(name: str) -> None:
-    globals()[name]()
+def anything(seed: str) -> None:
+    """Areas of all kinds, changed at random by nested processes; by the seed, always the same."""
+    chance = random.Random(seed)
+    file = os.memfd_create("anything")
+    os.write(file, os.urandom(800 * PAGE))
+    areas: list[tuple[int, int]] = []  # address and pages
+
+    def add() -> None:
+        pages = chance.choice([1, 40, 700, 2100])
+        kind = chance.choice(["anonymous", "huge", "shared", "of file", "copied file"])
+        if kind == "huge":
+            address = map_huge(pages * PAGE)
+        elif kind.endswith("file"):
+            first = chance.randrange(700)
+            pages = min(pages, 800 - first)
+            flags = mmap.MAP_SHARED if kind == "of file" else mmap.MAP_PRIVATE
+            address = map_memory(pages * PAGE, flags, file, offset=first * PAGE)
+        else:
+            address = map_memory(pages * PAGE, SHARED if kind == "shared" else ANON)
+        areas.append((address, pages))
+
+    def some(pages: int) -> range:
+        first, last = sorted(chance.choices(range(pages + 1), k=2))
+        return range(first, last, chance.choice([1, 1, 2, 7]))
+
+    def change(at: int) -> None:
+        address, pages = areas[at]
+        how = chance.choice(["write", "write", "touch", "drop", "move", "replace"])
+        part = some(pages)
+        start, size = address + part.start * PAGE, (part.stop - part.start) * PAGE
+        if how == "write":
+            write(address, part, chance.choice([0, 1, None]))
+        elif how == "touch":
+            touch(address, part)
+        elif how == "drop" and size:
+            advise(start, size, MADV_DONTNEED)
+        elif how == "move" and size:
+            elsewhere = map_memory(size, prot=0)
+            if (
+                libc.mremap(start, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, elsewhere)
+                != elsewhere
+            ):
+                return  # it is of several mappings
+            pieces = (address, part.start), (elsewhere, size // PAGE)
+            rest = start + size, pages - part.stop
+            areas[at : at + 1] = [area for area in (*pieces, rest) if area[1]]
+        elif how == "replace" and size:
+            flags = chance.choice([ANON, SHARED]) | MAP_FIXED
+            libc.mmap(start, size, RW, flags, -1, 0)
+
+    def live(generation: int) -> None:
+        for _ in range(chance.randint(1, 6)):
+            add()
+            for _ in range(chance.randint(1, 9)):
+                change(chance.randrange(len(areas)))
+        for number in range(chance.choice([0, 1, 1, 2, 3]) if generation < 4 else 0):
+            fork(lambda number=number: grow_up(f"{seed} {generation} {number}", generation + 1))
+            change(chance.randrange(len(areas)))
+
+    def grow_up(name: str, generation: int) -> None:
+        chance.seed(name + str(chance.random()))
+        live(generation)
+
+    live(0)
+
+
+def main(name: str, *arguments: str) -> None:
+    globals()[name](*arguments)
     print("ready", flush=True)
     stand_still()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -775,7 +775,7 @@ def test_memory_limit_of_64_mib() -> None:
     assert int(free.stdout.splitlines()[-1].split()[1]) > 131072
 
 
-@pytest.mark.parametrize("mib", [4, 8, 16])
+@pytest.mark.parametrize("mib", [4, 6, 8, 10, 16])
 def test_too_little_memory_is_told_in_one_line(mib: int, scene: Build) -> None:
     interpreter_size()
     with ready(FORK_SCENE, 2) as process:
@@ -785,6 +785,24 @@ def test_too_little_memory_is_told_in_one_line(mib: int, scene: Build) -> None:
     else:
         assert result.stderr == ""
         assert result.stdout.count("\n") == 5
+
+
+# Readers have no memory to hand anything over; nobody else is in a hurry to read.
+EXHAUSTED = """
+import memuse, threading, time
+call = memuse.Readers._call
+def fail(*arguments):
+    if threading.current_thread() is not threading.main_thread():
+        raise MemoryError
+    time.sleep(1)
+    call(*arguments)
+memuse.Readers._call = fail
+"""
+
+
+def test_too_little_memory_in_a_reader_thread() -> None:
+    with ready(FORK_SCENE, 1) as process:
+        one_line(simulated(EXHAUSTED, process.pid), "not enough memory")
 
 
 def interrupted_early(stderr: str) -> bool:
@@ -1045,14 +1063,51 @@ def test_proc_of_an_outer_pid_namespace(scene: Build) -> None:
     assert row["frames"] == measured(pid)["processes"][0]["frames"]
 
 
-def test_hidepid(scene: Build) -> None:
+# While it reads how often frames are mapped, memuse comes to map what the set maps.
+MAPS_MORE = """
+import memuse, mmap
+read, mapped = memuse.Census._mapcounts, []
+def map_more(self):
+    counted = {late} and read(self)
+    if not mapped:
+        mapped.append(mmap.mmap(os.open({path!r}, os.O_RDONLY), 0, prot=mmap.PROT_READ))
+        mapped[0][::4096]
+    return counted or read(self)
+memuse.Census._mapcounts = map_more
+"""
+MAPS_FILE = """
+import mmap, os, sys
+memory = mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 0, prot=mmap.PROT_READ)
+memory[::4096]
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("late", "outsiders"), [(False, 0), (True, 1)])
+def test_what_memuse_comes_to_map_is_not_outside(
+    late: bool, outsiders: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100 * 4096)
+    with contextlib.ExitStack() as stack:
+        maps = [stack.enter_context(ready(MAPS_FILE, path)) for _ in range(1 + outsiders)]
+        process = maps[0]
+        result = simulated(MAPS_MORE.format(path=str(path), late=late), "--json", process.pid)
+        expected = reference.count([process.pid])
+    total = json.loads(result.stdout)["total"]
+    assert (total["frames"], total["uss"]) == (expected["frames"], expected["uss"])
+
+
+@pytest.mark.parametrize("hidepid", [1, 2])
+def test_hidepid(hidepid: int, scene: Build) -> None:
     """What one may not see is not there, in whatever columns."""
     pid = scene("plain").pid
     with readable() as (python_, script):
         for columns in ("", "-o pid,rss,command"):
             user = "--reuid=65534 --regid=65534 --clear-groups"
             run = f"setpriv {user} {' '.join(READ_ALL)} {python_} {script}"
-            line = f"mount -t proc -o hidepid=2 proc /proc && exec {run} {columns} {pid}"
+            line = f"mount -t proc -o hidepid={hidepid} proc /proc && exec {run} {columns} {pid}"
             result = subprocess.run(
                 ["unshare", "--mount", "--pid", "--fork", "sh", "-c", line.replace("--pid", "")],
                 capture_output=True,
@@ -1295,6 +1350,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     made=processes,
     tear=st.sets(st.integers(1, 3), max_size=1),
     portion=st.sampled_from([512, 1536, 1 << 15]),
+    few=st.sampled_from([0, 3, 16]),
 )
 @example(
     made=[
@@ -1303,6 +1359,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     ],
     tear=set(),
     portion=1 << 15,
+    few=16,
 )
 @example(  # one that vanishes when some of it has been counted, and had much and part of it new
     made=[
@@ -1313,6 +1370,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     ],
     tear={1},
     portion=1 << 15,
+    few=16,
 )
 @example(
     made=[
@@ -1323,9 +1381,21 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     ],
     tear={1},
     portion=1 << 15,
+    few=16,
+)
+@example(  # the same with numbers that are too few for a Block
+    made=[
+        [(False, 0, [("shared", 5, 0), ("private", 1, 0)])],
+        [(False, 0, [("shared", 9, 0), ("swap", 30, 0)])],
+        [(False, 0, [("shared", 300, 3), ("swap", 30, 0)])],
+        [(False, 0, [("shared", 9, 0), ("nothing", 9, 0), ("shared", 9, 5), ("swap", 20, 9)])],
+    ],
+    tear={1},
+    portion=1 << 15,
+    few=16,
 )
 def test_any_entries_are_counted_as_sets_would(
-    made: list[list[Area]], tear: set[int], portion: int
+    made: list[list[Area]], tear: set[int], portion: int, few: int
 ) -> None:
     """Whatever is in page tables, and wherever the portions end in which they are read."""
     torn = {i for i in tear if i < len(made)}
@@ -1337,6 +1407,7 @@ def test_any_entries_are_counted_as_sets_would(
             made_up.add([*content, *more], torn=i in torn)
         with entered(made_up), pytest.MonkeyPatch.context() as patch:
             patch.setattr(tool, "LONG", portion)
+            patch.setattr(tool, "FEW", few)
             check_made_up(made_up, torn)
 
 
@@ -1394,8 +1465,9 @@ def parse(text: bytes) -> None:
     """Well-formed areas and figures, or the one expected error."""
     assert all(kib >= 0 for kib in tool.parse_figures(text).values())
     with contextlib.suppress(tool.Error):
-        for vma in tool.parse_vmas(text):
-            assert isinstance(vma.start + vma.end + vma.offset, int)
+        areas, files = tool.parse_maps(text)
+        assert all(isinstance(start + end, int) for start, end in areas)
+        assert all(isinstance(start + end + shift, int) for start, end, shift, _ in files)
 
 
 @settings(max_examples=400, deadline=None)
@@ -1440,12 +1512,14 @@ def test_parsers_take_mutated_text(data: st.DataObject) -> None:
 
 
 def test_parsers_take_the_real_thing() -> None:
-    vmas = tool.parse_vmas(b"".join(MAPS))
-    pages = [
-        [int(address, 16) // tool.PAGE_SIZE for address in line.split()[0].split(b"-")]
-        for line in MAPS
-    ]
-    assert sum(vma.end - vma.start for vma in vmas) == sum(end - start for start, end in pages)
+    areas, files = tool.parse_maps(b"".join(MAPS))
+    for line in MAPS:
+        start, end = (int(text, 16) // tool.PAGE_SIZE for text in line.split()[0].split(b"-"))
+        inode = line.split()[4]
+        assert any(low <= start < end <= high for low, high in areas) or b"[vsyscall]" in line
+        assert inode == b"0" or any(
+            low <= start < end <= high and file.endswith(inode) for low, high, _, file in files
+        )
     assert tool.parse_figures(b"".join(SMAPS))[b"Rss"] == sum(
         int(line.split()[1]) for line in SMAPS if line.startswith(b"Rss:")
     )

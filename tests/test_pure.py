@@ -22,21 +22,26 @@ MAPS = b"""\
 7f0000001000-7f0000002000 ---p 00000000 00:00 0
 7f0000003000-7f0000004000 rw-p 00000000 00:00 0                          [heap]
 7f0000004000-7f0000005000 rw-s 00000000 00:00 0                          [anon_shmem:a b]
+7f0001000000-7f0001001000 rw-p 00000000 00:00 0
 7ffd00000000-7ffd00002000 r--p 00000000 00:00 0                          [vvar]
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
 """
 
 
-def test_vmas_go_on_where_addresses_and_places_in_files_do() -> None:
-    assert memuse.parse_vmas(MAPS) == [
-        (0x55D0C0A00, 0x55D0C0A05, 1, b"fe:00 1234"),
-        (0x55D0C0A05, 0x55D0C0A06, 5, b"fe:00 1234"),
-        (0x55D0C0A06, 0x55D0C0A07, 6, b"fe:00 4321"),
-        (0x7F0000000, 0x7F0000002, 0x7F0000000, None),
-        (0x7F0000003, 0x7F0000004, 0x7F0000003, None),
-        (0x7F0000004, 0x7F0000005, 0, b"[anon_shmem:a b]"),
-        (0x7FFD00000, 0x7FFD00002, 0, b"[vvar]"),
-        (0xFFFFFFFFFF600, 0xFFFFFFFFFF601, 0, b"[vsyscall]"),
+def test_mappings_go_on_where_addresses_and_places_in_files_do() -> None:
+    areas, files = memuse.parse_maps(MAPS)
+    assert areas == [
+        (0x55D0C0A00, 0x55D0C0A07),
+        (0x7F0000000, 0x7F0000005),
+        (0x7F0001000, 0x7F0001001),
+        (0x7FFD00000, 0x7FFD00002),
+    ]
+    assert files == [
+        (0x55D0C0A00, 0x55D0C0A05, 1 - 0x55D0C0A00, b"fe:00 1234"),
+        (0x55D0C0A05, 0x55D0C0A06, -0x55D0C0A00, b"fe:00 1234"),
+        (0x55D0C0A06, 0x55D0C0A07, -0x55D0C0A00, b"fe:00 4321"),
+        (0x7F0000004, 0x7F0000005, -0x7F0000004, b"[anon_shmem:a b]"),
+        (0x7FFD00000, 0x7FFD00002, -0x7FFD00000, b"[vvar]"),
     ]
 
 
@@ -45,7 +50,7 @@ def test_vmas_go_on_where_addresses_and_places_in_files_do() -> None:
 )
 def test_other_lines_are_errors(line: bytes) -> None:
     with pytest.raises(memuse.Error, match="list of mappings"):
-        memuse.parse_vmas(line)
+        memuse.parse_maps(line)
 
 
 SMAPS = b"""\
@@ -76,7 +81,7 @@ def test_figures_are_sums_over_vmas() -> None:
 def test_stat_of_a_process_with_an_evil_name() -> None:
     numbers = " ".join(str(number) for number in range(4, 53))
     stat = memuse.parse_stat(f"17 (a) Z 1 (\n) R {numbers}".encode())
-    assert stat[:5] == (b"R", 4, False, 20, 22)
+    assert stat[:6] == (b"R", 4, False, 20, 22, 24)
     assert stat.name == b"a) Z 1 (\n"
     assert stat.image == [b"26", b"27", b"28", *(str(n).encode() for n in range(45, 52))]
     assert memuse.parse_stat(b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 50).kernel_thread
@@ -107,9 +112,9 @@ def test_numbers_of_entries_are_without_flags() -> None:
     assert memuse.numbers_of(words[8:]) == [3 + 77 * 32]
 
 
-def test_swap_types_that_are_no_swap() -> None:
-    slots = bytes([22 | 5 << 5, 23 | 5 << 5, 31, 0])
-    assert slots.translate(memuse.LANES_OF_SWAP) == bytes([0x80, 0, 0, 0x80])
+def test_swap_types_of_slots() -> None:
+    lowest = bytes([22 | 5 << 5, 23 | 7 << 5, 31, 0])
+    assert lowest.translate(memuse.SWAP_TYPE_OF) == bytes([22, 23, 31, 0])
 
 
 @pytest.mark.parametrize(
