@@ -27,16 +27,15 @@ import contextlib
 import errno
 import functools
 import json
+import marshal
 import mmap
 import os
-import queue
 import re
 import struct
 import sys
-import threading
 import time
 from bisect import bisect
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from itertools import chain, compress, count, islice
 from operator import length_hint
 
@@ -54,17 +53,20 @@ except (ImportError, MemoryError, OSError) as broken:
 TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, NoReturn, TextIO, TypeVar
+    from typing import Any, NoReturn, TextIO, Union
 
-    T = TypeVar("T")
     Span = tuple[int, int]  # from a page up to another
     # From a page up to another; the shift from them to pages of the file; the file: its
     # device and inode, or a special mapping's name.
     FileVma = tuple[int, int, int, bytes]
+    # What is mapped, whole; or, with the shift from pages to places, every other STRIPE.
+    Area = tuple[int, int, int | None]
     Chunk = tuple[int, bytes]  # a page, and the pagemap entries from there on
     Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
-    Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
+    Tell = Callable[[int, int], None]  # of processes and pages read
     Row = dict[str, Any]  # by names of columns; sizes in bytes
+    Outcome = Union[Row, str, None]  # why a process is left out, or None if it exited
+    Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
 
 __version__ = "1.0.0"
 
@@ -133,6 +135,9 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 VSYSCALL = (1 << 63) // PAGE_SIZE  # above what pagemap covers
+# Of each file, and of the address space for what is no file's, so many pages are for one of two
+# processes of memuse; whose, is told by the number of the stripe, modulo len(ALL).
+STRIPE, ALL = 1 << 13, range(16)
 HOLE = 256  # pages that cost less to read over than another call
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (.*)\n", re.M)
 FIGURE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)): +([0-9]{1,15}) kB$", re.M)
@@ -150,15 +155,17 @@ def parse_mapping(rest: bytes) -> tuple[int, bytes | None]:
     return int(offset, 16) // PAGE_SIZE, file
 
 
-def parse_maps(maps: bytes) -> tuple[list[Span], list[FileVma]]:
+def parse_maps(maps: bytes, stripes: range | None = None) -> tuple[list[Area], list[FileVma]]:
     """Where anything is mapped, and where files are, in /proc/PID/maps (proc.rst).
 
-    Areas with less than a HOLE between them are one, and so are mappings where the file
-    goes on as the addresses do.  Error at a line that cannot be made out.
+    Given which stripes are to be read, areas that have none are left out.  Those with less
+    than a HOLE between them are one, and so are mappings where the file goes on as the
+    addresses do.  Error at a line that cannot be made out.
     """
-    areas: list[Span] = []
+    areas: list[Area] = []
     files: list[FileVma] = []
     before: tuple[int, bytes | None] = 0, None
+    edge = -HOLE  # where an area ends that may go on
     found = MAPPING.findall(maps)
     try:
         if len(found) != maps.count(b"\n"):
@@ -167,14 +174,25 @@ def parse_maps(maps: bytes) -> tuple[list[Span], list[FileVma]]:
             start, end = int(low, 16) // PAGE_SIZE, int(high, 16) // PAGE_SIZE
             if start >= VSYSCALL:
                 break
-            joined = areas and start - areas[-1][1] < HOLE
-            areas.append((areas.pop()[0] if joined else start, end))
             offset, file = parse_mapping(rest)
             shift = offset - start
             if file:
                 joined = before == (shift, file)
                 files.append((files.pop()[0] if joined else start, end, shift, file))
             before = shift, file
+            if stripes is not None:
+                if not file:
+                    shift = 0
+                elif rest[3:4] == b"p":  # of /dev/zero, which may have huge pages anywhere
+                    shift += -shift % PMD_PAGES
+                stripe, last = (start + shift) // STRIPE, (end - 1 + shift) // STRIPE
+                if stripe < last:
+                    areas.append((start, end, shift))
+                if stripe < last or stripe % len(ALL) not in stripes:
+                    edge = -HOLE
+                    continue
+            areas.append((areas.pop()[0] if start - edge < HOLE else start, end, None))
+            edge = end
     except ValueError:
         raise Error("cannot make out the kernel's list of mappings") from None
     return areas, files
@@ -314,124 +332,63 @@ def give_up() -> NoReturn:
     os._exit(1)
 
 
-class Readers:
-    """Threads that read /proc, where the kernel works outside the interpreter's lock."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.stack_size(1 << 18)  # under ulimit -v, the usual 8 MiB are dear
-        # The main thread reads too.  More do not help: smaps is one walk, pagemap the other.
-        for _ in range(min(2, max(1, (os.cpu_count() or 1) - 1))):
-            try:
-                threading.Thread(target=self._run, daemon=True).start()
-            except RuntimeError:
-                raise MemoryError from None
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._call(*self._calls.get())
-        except MemoryError:  # not even an error could be handed over
-            give_up()
-
-    def _call(self, calls: list[Callable[[], Any]], outcome: queue.SimpleQueue[Any]) -> None:
-        with contextlib.suppress(IndexError):  # somebody else has begun it
-            call = calls.pop()
-            try:
-                outcome.put((call(), None))
-            except BaseException as error:  # raised again where the result is asked for
-                outcome.put((None, error))
-
-    def submit(self, call: Callable[[], T]) -> Callable[[], T]:
-        """Have a thread call; what is returned waits for the result, or raises its error.
-
-        Who waits makes calls, too, that no thread has begun.
-        """
-        calls: list[Callable[[], T]] = [call]  # until somebody takes it
-        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._calls.put((calls, outcome))
-
-        def result() -> T:
-            self._call(calls, outcome)
-            while outcome.empty():
-                try:
-                    self._call(*self._calls.get_nowait())
-                except queue.Empty:
-                    break
-            value, error = outcome.get()
-            try:
-                if error:
-                    raise error
-                return value  # type: ignore[no-any-return]
-            finally:
-                del error  # whose traceback holds this frame, and open files
-
-        return result
-
-    def ahead(self, calls: Iterable[Callable[[], T]], depth: int) -> Iterator[Callable[[], T]]:
-        """The results of the calls in their order, with `depth` more under way."""
-        pending: deque[Callable[[], T]] = deque()
-        for call in calls:
-            pending.append(self.submit(call))
-            if len(pending) > depth:
-                yield pending.popleft()
-        yield from pending
-
-
 # A process in the tree; when it was found, `stat` was so.
 Node = namedtuple("Node", "pid stat depth")
 
 FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
 
 
+# What to count: nodes; columns; which stripes of their memory, or all; whose figures, by PID.
+Job = namedtuple("Job", "nodes wanted kernel stripes pids")
+
+
 class Reading:
     """A process while it is read: raises one of VANISHED if it ends or calls exec.
 
-    All its files are opened by way of one descriptor of its directory and between
-    two looks at its stat.  So they belong to one process and one memory, even if it
-    calls exec or its PID is used anew: then there is nothing more in them.
+    All its files are opened by way of one descriptor of its directory and before
+    another look at its stat.  So they belong to the process in the node and to one memory,
+    even if it calls exec or its PID is used anew: then there is nothing more in them.
     """
 
-    def __init__(
-        self, node: Node, kernel: Kernel | None, wanted: set[str], readers: Readers
-    ) -> None:
-        """With `kernel`, its page tables too; figures if any of FROM_SMAPS is wanted."""
+    def __init__(self, node: Node, job: Job) -> None:
+        """Page tables if the job has a kernel, and figures if any of FROM_SMAPS are wanted."""
         self.files: list[FileVma] = []
-        self.batches: Iterator[list[Span]] = iter(())
+        self.spans: Iterable[Span] = ()
         self._smaps: int | None = None
-        self._ahead: Callable[[], Counter[bytes]] | None = None
-        self._files: list[int] = []
-        directory = self._open(proc(str(node.pid)))
-        stat = parse_stat(read_file("stat", directory))
-        if stat.started != node.stat.started:
-            raise ProcessLookupError  # its PID was used anew
-        # Not psutil's: it reads all that a process may claim, and not by way of the directory.
-        self.command = command_line(read_file("cmdline", directory, COMMAND_LIMIT + 1), stat.name)
-        self.user = psutil.Process(node.pid).username() if "user" in wanted else None
-        alive = self._alive(stat, directory)
-        if alive is not None and wanted & FROM_SMAPS:
-            try:
-                self._smaps = self._open(alive + "smaps_rollup", directory)
-            except FileNotFoundError:  # before 4.14, or the process is gone
-                self._smaps = self._open(alive + "smaps", directory)
-            if stat.rss > LONG:  # else handing it over takes longer
-                self._ahead = readers.submit(self._figures)
-        if alive is not None and kernel:
-            self.pagemap = self._open(alive + "pagemap", directory)
-            areas, self.files = parse_maps(read_file(alive + "maps", directory))
-            self.batches = batches_of(areas, self.pagemap, kernel.scan)
-        after = parse_stat(read_file("stat", directory))
-        if (after.started, after.image) != (stat.started, stat.image):
-            raise ProcessLookupError
-        self.first = self.read(next(self.batches, []))
+        with contextlib.ExitStack() as self._opened:
+            directory = self._open(proc(str(node.pid)))
+            # Not psutil's: it reads all that a process may claim, and by way of its PID.
+            cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
+            self.command = command_line(cmdline, node.stat.name)
+            self.user = psutil.Process(node.pid).username() if "user" in job.wanted else None
+            alive = self._alive(node.stat, directory)
+            if alive is not None and job.wanted & FROM_SMAPS and node.pid in job.pids:
+                try:
+                    self._smaps = self._open(alive + "smaps_rollup", directory)
+                except FileNotFoundError:  # before 4.14, or the process is gone
+                    self._smaps = self._open(alive + "smaps", directory)
+            if alive is not None and job.kernel:
+                self.pagemap = self._open(alive + "pagemap", directory)
+                maps = read_file(alive + "maps", directory)
+                if not maps:  # as after exit and exec
+                    raise ProcessLookupError
+                areas, self.files = parse_maps(maps, job.stripes)
+                self.spans = spans_of(areas, job.stripes or ALL, self.pagemap, job.kernel.scan)
+            stat = parse_stat(read_file("stat", directory))
+            if (stat.started, stat.image) != (node.stat.started, node.stat.image):
+                raise ProcessLookupError
+            self._opened = self._opened.pop_all()  # else they are closed
 
-    def __del__(self) -> None:  # once no thread reads any more
-        for fd in vars(self).get("_files", ()):  # there may have been no memory to begin with
-            os.close(fd)
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
     def _open(self, name: str, directory: int | None = None) -> int:
-        self._files.append(os.open(name, os.O_RDONLY, dir_fd=directory))
-        return self._files[-1]
+        fd = os.open(name, os.O_RDONLY, dir_fd=directory)
+        self._opened.callback(os.close, fd)
+        return fd
 
     def _alive(self, stat: Stat, directory: int) -> str | None:
         """Where the files about its memory are: if its first thread has ended, by another."""
@@ -447,9 +404,6 @@ class Reading:
 
     def figures(self) -> Counter[bytes]:
         """The kernel's own, in KiB, if they are wanted."""
-        return self._ahead() if self._ahead else self._figures()
-
-    def _figures(self) -> Counter[bytes]:
         if self._smaps is None:
             return Counter()
         with open(self._smaps, "rb", buffering=0, closefd=False) as smaps:
@@ -458,14 +412,12 @@ class Reading:
             raise ProcessLookupError
         return figures
 
-    def read(self, spans: list[Span]) -> list[Chunk]:
-        chunks = []
-        for start, end in spans:
+    def chunks(self) -> Iterator[Chunk]:
+        for start, end in self.spans:
             words = read_words(self.pagemap, start, end - start)
             if len(words) != (end - start) * WORD:
                 raise ProcessLookupError
-            chunks.append((start, words))
-        return chunks
+            yield start, words
 
 
 # How many entries to ask for at a time: few where memory is sparse.
@@ -473,32 +425,29 @@ LONG, SHORT = 1 << 15, PMD_PAGES
 SMALL = 1 << 13  # pages that are read whole, without a look for what is resident
 
 
-def batches_of(areas: list[Span], pagemap: int, scan: bool) -> Iterator[list[Span]]:
-    """Spans of pages that hold whatever is resident and little else, in portions of like cost.
+def spans_of(areas: list[Area], stripes: range, pagemap: int, scan: bool) -> Iterator[Span]:
+    """Spans of pages that hold whatever is resident and little else.
 
     They end at multiples of PMD_PAGES, if an area goes on there: no huge page is cut.
-    Error: ProcessLookupError if nothing is mapped, as after exit and exec.
     """
-    if not areas:
-        raise ProcessLookupError
-    batch, cost = [], 0
-    for start, last in areas:
+    for start, last, shift in areas:
         size = SHORT
         while start < last:
             found = next_resident(pagemap, start, last) if scan and last - start > SMALL else start
             if found == last:
                 break
+            limit = last
+            if shift is not None:  # up to the end of the stripe, if that is ours
+                stripe, page = divmod(found + shift, STRIPE)
+                limit = min(found + STRIPE - page, last)
+                if stripe % len(ALL) not in stripes:
+                    start = limit
+                    continue
             size = min(2 * size, LONG) if found == start else SHORT
-            end = min((found + size) // PMD_PAGES * PMD_PAGES, last)
-            if last - found <= SMALL:
-                end = last
-            batch.append((found, end))
-            cost += end - found + HOLE
-            start = end
-            if cost >= LONG:
-                yield batch
-                batch, cost = [], 0
-    yield batch
+            start = min((found + size) // PMD_PAGES * PMD_PAGES, limit)
+            if limit - found <= SMALL:
+                start = limit
+            yield found, start
 
 
 # ---- Counting -----------------------------------------------------------------
@@ -512,6 +461,7 @@ UNREAL, CLAIMED, LONE, *OF_BLOCKS = range(1, 256)
 GROWTH = 1 << 20  # so many marks are added at a time
 PART = 1 << 12  # so many are looked through in one go
 UNMARKED = bytes(PART)
+REAL = bytes([0, 0]) + b"\xff" * 254  # for bytes.translate: marks but UNREAL to all bits
 MARKED = re.compile(rb"[^\0]+(?:\0{1,64}[^\0]+)*")  # PFNs whose kpagecount to read in one call
 MANY = 255  # mapcounts from here on do not fit in a byte
 
@@ -797,8 +747,9 @@ class Ledger:
         self._begin()
 
 
-# Frames and swap slots of a process, and those of them that nobody had before.
-Count = namedtuple("Count", "frames new_frames slots new_slots")
+# Frames and swap slots of a process, and those of them that nobody had before; whether its
+# memory is another's.
+Count = namedtuple("Count", "frames new_frames slots new_slots twin")
 
 
 class Census:
@@ -817,15 +768,16 @@ class Census:
         self.witnesses: dict[tuple[int, int], tuple[int, Count]] = {}
 
     def process(
-        self, pid: int, reading: Reading, chunks: Iterable[Chunk]
+        self, pid: int, reading: Reading, tell: Callable[[int], None]
     ) -> tuple[Count, Counter[bytes]]:
-        """Count one process, and wait for its figures; chunks come in order of address.
+        """Count one process, and read its figures; tell of pages read.
 
-        If either raises an error, it is as if the process had never been met.
+        If that raises an error, it is as if the process had never been met.
         """
         private, witness = 0, None
         try:
-            for start, words in chunks:
+            for start, words in reading.chunks():
+                tell(len(words) // WORD)
                 kinds = words[FLAGS::WORD].translate(KINDS)
                 if not witness and PRIVATE in kinds:  # true of a huge page's first page, too
                     at = kinds.index(PRIVATE)
@@ -833,7 +785,9 @@ class Census:
                     twin = self._twin(witness, reading)
                     if twin:
                         self.rollback()
-                        return twin._replace(new_frames=0, new_slots=0), reading.figures()
+                        return twin._replace(
+                            new_frames=0, new_slots=0, twin=True
+                        ), reading.figures()
                 kinds = self._real_kinds(start, words, kinds)
                 privates = kinds.count(PRIVATE)
                 private += privates
@@ -844,8 +798,9 @@ class Census:
             self.rollback()
             raise
         frames, new_frames = self.frames.commit()
-        slots = map(sum, zip((0, 0), *(ledger.commit() for ledger in self.slots.values())))
-        result = Count(private + frames, private + new_frames, *slots)
+        in_swap = [(0, 0), *(ledger.commit() for ledger in self.slots.values())]
+        slots, new_slots = map(sum, zip(*in_swap))
+        result = Count(private + frames, private + new_frames, slots, new_slots, False)
         self.private += private
         if witness:
             self.witnesses[witness] = pid, result
@@ -921,17 +876,20 @@ class Census:
             real = (of_type & swapped).to_bytes(size, "little")
             self.slots[swap_type].add(offsets, real, 0, size, (None, start))
 
-    def alone(self) -> int:
+    def alone(self, pids: list[int]) -> int:
         """How many frames have in the set all the mappings that the kernel knows of.
 
         Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
+        The mappings of the processes with these PIDs are not to count: they are memuse.
         """
         frames = self.frames
-        own = self._own_mappings()
+        if not self.kernel:
+            return 0
+        own = self._own_mappings(pids)
         for _ in range(3):
             before = own
             counts, many, of_mark = self._mapcounts()
-            own = self._own_mappings()
+            own = self._own_mappings(pids)
             if own == before:
                 break  # else code that ran for the first time was mapped meanwhile
         alone = self.private
@@ -977,20 +935,43 @@ class Census:
                     of_mark[mark] += sum(compress(mapcounts, run[0].translate(LANES_OF[mark])))
         return counts, many, of_mark
 
-    def _own_mappings(self) -> Counter[int]:
+    def _own_mappings(self, pids: list[int]) -> Counter[int]:
         """How often memuse maps the set's frames itself: it is not to be outside the set."""
         own: Counter[int] = Counter()
         frames, files = self.frames, {file for file, _ in self.frames.blocks}
-        for start, end, _, file in parse_maps(read_file(proc("self/maps")))[1]:
-            if file in files:
-                words = read_words(self.kernel.pagemap, start, end - start)
-                kinds = words[FLAGS::WORD].translate(KINDS)
-                pfns = compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE]))
-                own.update(pfn for pfn in pfns if frames.mark(pfn) > CLAIMED)
+        for pid in pids:
+            with open(proc(f"{pid}/pagemap"), "rb", buffering=0) as pagemap:
+                for start, end, _, file in parse_maps(read_file(proc(f"{pid}/maps")))[1]:
+                    if file in files:
+                        words = read_words(pagemap.fileno(), start, end - start)
+                        kinds = words[FLAGS::WORD].translate(KINDS)
+                        pfns = compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE]))
+                        own.update(pfn for pfn in pfns if frames.mark(pfn) > CLAIMED)
         return own
+
+    def marked(self) -> Iterator[tuple[int, int, bytes]]:
+        """All marks: swap type, or -1 for frames; a number; the marks from there on."""
+        for swap_type, ledger in (-1, self.frames), *self.slots.items():
+            for start in range(0, len(ledger.marks), PART):
+                marks = ledger.marks[start : start + PART]
+                if marks != UNMARKED:
+                    yield swap_type, start, marks
+
+    def meets(self, swap_type: int, start: int, marks: bytes) -> bool:
+        """Whether any number that another census has marked is marked here too."""
+        ledger = self.slots[swap_type] if swap_type >= 0 else self.frames
+        real = marks.translate(REAL)
+        there, here = int.from_bytes(real, "little"), ledger.marks[start : start + len(marks)]
+        return bool(there & int.from_bytes(here, "little"))
 
 
 # ---- The set of processes -----------------------------------------------------
+
+
+def stat_of(pid: int) -> Stat | None:
+    with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
+        return parse_stat(read_file(proc(f"{pid}/stat")))
+    return None
 
 
 def process_tree(roots: list[int]) -> list[Node]:
@@ -1002,9 +983,10 @@ def process_tree(roots: list[int]) -> list[Node]:
     stats: dict[int, Stat] = {}
     children = defaultdict(list)
     for pid in sorted({*psutil.pids()} - {own_pid()}):
-        with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
-            stats[pid] = parse_stat(read_file(proc(f"{pid}/stat")))
-            children[stats[pid].ppid].append(pid)
+        stat = stat_of(pid)
+        if stat:
+            stats[pid] = stat
+            children[stat.ppid].append(pid)
     for root in roots:
         if root not in stats:
             raise Error(f"there is no process {root}")
@@ -1049,6 +1031,9 @@ def plural(number: int) -> str:
 Report = namedtuple("Report", "rows total skipped exited")
 
 
+LARGE = 1 << 17  # pages, beyond SMALL in each process, for which a second of memuse pays
+
+
 def measure(
     roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Callable[[str], None]
 ) -> Report:
@@ -1057,62 +1042,170 @@ def measure(
     Error if a root is not there, or ends before it is read.
     """
     nodes = process_tree(roots)
-    census, readers = Census(kernel), Readers()
-    rows: list[Row] = []
-    skipped: dict[int, str] = {}
-    exited = slots = pages = 0
+    job = Job(nodes, wanted, kernel, None, {node.pid for node in nodes})
 
-    def show() -> None:
-        progress(f"{len(rows)} of {len(nodes)} processes, {pages} pages")
+    def tell(done: int, pages: int) -> None:
+        progress(f"{done} of {len(nodes)} processes, {pages} pages")
 
-    starts = [functools.partial(Reading, node, kernel, wanted, readers) for node in nodes]
-    begun: dict[int, Callable[[], Reading]] = {}
-
-    def batches(i: int, reading: Reading) -> Iterator[Callable[[], list[Chunk]]]:
-        for batch in reading.batches:
-            # Others begin meanwhile, four at the most: only beside a large process does that
-            # take less time than handing them over.
-            for n in range(i + 1, min(i + 5, len(starts))):
-                if n not in begun:
-                    begun[n] = readers.submit(starts[n])
-            yield functools.partial(reading.read, batch)
-
-    def chunks(i: int, reading: Reading) -> Iterator[Chunk]:
-        nonlocal pages
-        for result in chain([lambda: reading.first], readers.ahead(batches(i, reading), 6)):
-            for start, words in result():
-                yield start, words
-                pages += len(words) // WORD
-            show()
-
-    for i, (node, again) in enumerate(zip(nodes, starts)):
-        show()
-        for attempt in (begun.get(i, again), again, again):
-            try:
-                reading = attempt()
-                counted, kib = census.process(node.pid, reading, chunks(i, reading))
-            except VANISHED:
-                continue
-            except (OSError, psutil.AccessDenied) as error:
-                skipped[node.pid] = os.strerror(getattr(error, "errno", None) or errno.EACCES)
-            else:
-                slots += counted.new_slots
-                rows.append(row_of(node, reading, counted, kib))
-            break
-        else:
-            if os.path.exists(proc(str(node.pid))):
-                skipped[node.pid] = "it changed whenever it was read"
-            elif node.pid in roots:
+    # What is worth it: many small processes are not.
+    pages = sum(node.stat.rss - SMALL for node in nodes if node.stat.rss)
+    result = None
+    if pages > LARGE and len(os.sched_getaffinity(0)) > 1:
+        with contextlib.suppress(Unfit):
+            result = count_in_two(job, tell)
+    outcomes, alone = result or count_in_one(job, tell)
+    rows = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+    skipped, exited = {}, 0
+    for node, outcome in zip(nodes, outcomes):
+        if isinstance(outcome, str):
+            skipped[node.pid] = outcome
+        elif outcome is None:
+            if node.pid in roots:
                 raise Error(f"process {node.pid} exited while it was being read")
-            else:
-                exited += 1
-
+            exited += 1
     total: Row = {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
     total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
-    total |= {"swap": slots * PAGE_SIZE, "command": plural(len(rows))}
+    total |= {"swap": sum(row["new_slots"] for row in rows) * PAGE_SIZE}
+    total |= {"command": plural(len(rows))}
     if kernel and "uss" in wanted:
-        total["uss"] = census.alone() * PAGE_SIZE
+        total["uss"] = alone * PAGE_SIZE
     return Report(rows, total, skipped, exited)
+
+
+def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
+    """What becomes of each process; Unfit if one vanishes of which not all is to be read."""
+    census, pages = Census(job.kernel), 0
+    outcomes: list[Outcome] = []
+
+    def read(more: int = 0) -> None:
+        nonlocal pages
+        pages += more
+        tell(len(outcomes), pages)
+
+    for node in job.nodes:
+        read()
+        outcome: Outcome = "it changed whenever it was read"
+        for _ in range(3):
+            try:
+                with Reading(node, job) as reading:
+                    counted, kib = census.process(node.pid, reading, read)
+                outcome = row_of(node, reading, counted, kib)
+                break
+            except VANISHED:
+                if job.stripes is not None:
+                    raise Unfit from None
+                stat = stat_of(node.pid)
+                if not stat or stat.started != node.stat.started:
+                    outcome = None
+                    break
+                node = node._replace(stat=stat)
+            except (OSError, psutil.AccessDenied) as error:
+                outcome = os.strerror(getattr(error, "errno", None) or errno.EACCES)
+                break
+        outcomes.append(outcome)
+    return census, outcomes
+
+
+def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
+    """What becomes of each process; how many frames only the set maps, if wanted."""
+    census, outcomes = count_each(job, tell)
+    return outcomes, census.alone([own_pid()]) if "uss" in job.wanted else 0
+
+
+def shares_of(job: Job) -> list[Job]:
+    """Two that take about as long: figures cost what entries do, but not by stripes."""
+    pids: tuple[set[int], set[int]] = set(), set()
+    pages = [0, 0]
+    for node in job.nodes if job.wanted & FROM_SMAPS else ():
+        which = pages[1] <= pages[0]
+        pids[which].add(node.pid)
+        pages[which] += node.stat.rss
+    ahead = (pages[1] - pages[0]) / (sum(pages) or 1)
+    middle = min(round(len(ALL) * (1 + ahead) / 2), len(ALL) - 1)
+    shares = (ALL[:middle], pids[0]), (ALL[middle:], pids[1])
+    return [job._replace(stripes=stripes, pids=whose) for stripes, whose in shares]
+
+
+SUMS = "frames", "unique", "size", "rss", "pss", "uss", "swap", "new_slots"
+
+
+class Unfit(Exception):
+    """The shares do not make a whole."""
+
+
+def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
+    """The same by two processes, since threads would wait for the interpreter's lock.
+
+    Each counts some STRIPEs of all files and, for what is no file's, of the address space,
+    so that what is shared is mostly met by one alone.  Then all figures are sums.  Unfit if
+    a number is marked by both, as with KSM or after mremap; if a process vanishes, which
+    one may have counted; or if the other process fails.
+    """
+    ours, theirs = shares_of(job)
+    first = own_pid()
+    pages = memoryview(mmap.mmap(-1, PAGE_SIZE)).cast("Q")  # shared: how many the other read
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, there is nothing to wait for
+    answer, end = os.pipe()
+    try:
+        other = os.fork()
+    except OSError:
+        raise Unfit from None
+    if not other:
+        os.close(answer)
+        count_theirs(theirs, pages, first, end)
+    os.close(end)
+
+    def tell_both(done: int, own: int) -> None:
+        tell(done, own + pages[0])
+        if os.waitid(os.P_PID, other, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            raise Unfit
+
+    try:
+        with open(answer, "rb") as file:
+            census, outcomes = count_each(ours, tell_both)
+            second = marshal.load(file)
+            alone = census.alone([first, second]) if "uss" in job.wanted else 0
+            others, others_alone = marshal.load(file)
+            for marks in iter(functools.partial(marshal.load, file), None):
+                if census.meets(*marks):
+                    raise Unfit
+    except (EOFError, TypeError, ValueError, *VANISHED):  # the other process ended
+        raise Unfit from None
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    for one, another in zip(outcomes, others):
+        if isinstance(one, dict) and isinstance(another, dict) and one["twin"] == another["twin"]:
+            one.update({name: one[name] + another[name] for name in SUMS})
+        elif one != another:
+            raise Unfit
+    return outcomes, alone + others_alone
+
+
+def count_theirs(job: Job, pages: memoryview, first: int, end: int) -> NoReturn:
+    """What the second process does, until it is killed; it ends early if something goes wrong."""
+    try:
+        parent = os.getppid()
+
+        def tell(_: int, own: int) -> None:
+            pages[0] = own
+            if os.getppid() != parent:
+                os._exit(1)
+
+        with open(end, "wb") as file:
+            second = own_pid()
+            marshal.dump(second, file)
+            file.flush()
+            census, outcomes = count_each(job, tell)
+            alone = census.alone([first, second]) if "uss" in job.wanted else 0
+            marshal.dump((outcomes, alone), file)
+            for marks in census.marked():
+                marshal.dump(marks, file)
+            marshal.dump(None, file)
+        while os.getppid() == parent:  # what it maps is to stay the same, as long as that counts
+            time.sleep(0.1)
+    finally:
+        os._exit(1)
 
 
 def row_of(node: Node, reading: Reading, counted: Count, kib: Counter[bytes]) -> Row:
@@ -1123,6 +1216,8 @@ def row_of(node: Node, reading: Reading, counted: Count, kib: Counter[bytes]) ->
         "user": reading.user,
         "frames": counted.frames,
         "unique": counted.new_frames,
+        "new_slots": counted.new_slots,
+        "twin": counted.twin,
         "size": counted.frames * PAGE_SIZE,
         "rss": kib[b"Rss"] * 1024,
         "pss": kib[b"Pss"] * 1024,

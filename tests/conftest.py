@@ -31,6 +31,24 @@ def memuse(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
+def simulated(change: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run memuse in an interpreter in which something was changed before."""
+    code = f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{change}\n"
+    code += "sys.argv[0] = 'memuse.py'\nimport memuse\nraise SystemExit(memuse.main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+# Two processes of memuse, whatever the size, with the smallest stripes.
+IN_TWO = """
+import memuse
+memuse.LARGE, memuse.STRIPE, memuse.ALL = -1 << 60, memuse.PMD_PAGES, range(2)
+os.sched_getaffinity = lambda pid: {0, 1}
+"""
+# An error, should these not make a whole.
+NOT_IN_ONE = IN_TWO + "memuse.count_in_one = None\n"
+
+
 def measured(*arguments: object) -> dict[str, Any]:
     result = memuse("--json", *arguments)
     assert result.stderr == ""

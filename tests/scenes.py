@@ -192,6 +192,17 @@ def huge() -> None:
     write(memory, [*range(2048, 2060), 2560], 2)
 
 
+def huge_misplaced() -> None:
+    """Huge pages of a private /dev/zero that begin elsewhere than at a huge page of the file."""
+    fd = os.open("/dev/zero", os.O_RDWR)
+    memory = map_huge(8 * MIB)
+    if libc.mmap(memory, 8 * MIB, RW, mmap.MAP_PRIVATE | MAP_FIXED, fd, 100 * PAGE) != memory:
+        raise OSError(ctypes.get_errno(), "mmap")
+    advise(memory, 8 * MIB, MADV_HUGEPAGE)
+    write(memory, range(0, 2048, 512))
+    fork(lambda: write(memory, [0, 512, 1024, 1536]))
+
+
 def hugetlb() -> None:
     private = map_memory(3 * HUGE, ANON | MAP_HUGETLB)
     shared = map_memory(2 * HUGE, SHARED | MAP_HUGETLB)

@@ -31,7 +31,7 @@ from typing import Any, Callable
 import psutil
 import pytest
 import reference
-from conftest import MEMUSE, READ_ALL, ROOT, Scene, measured, memuse, needs_root
+from conftest import IN_TWO, MEMUSE, READ_ALL, ROOT, Scene, measured, memuse, needs_root, simulated
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -94,19 +94,6 @@ def shell(command: str, *arguments: object) -> Result:
         timeout=120,
         check=False,
         env=CLEAN_ENVIRONMENT,  # PYTHONUNBUFFERED would hide what Python does at its end
-    )
-
-
-def simulated(change: str, *arguments: object) -> Result:
-    """Run memuse in an interpreter in which something was changed before."""
-    code = f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{change}\n"
-    code += "sys.argv[0] = 'memuse.py'\nimport memuse\nraise SystemExit(memuse.main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
 
 
@@ -643,11 +630,14 @@ def watch(event, arguments):
     if event == "open":
         path, mode, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        bad = writes and str(path) != os.devnull
+        bad = writes and str(path) != os.devnull and not isinstance(path, int)
     elif event == "fcntl.ioctl":
         bad = arguments[1] not in (0xC0606610, 0x5401, 0x5413)  # PAGEMAP_SCAN, TCGETS, TIOCGWINSZ
+    elif event == "os.kill":  # none but memuse's second process
+        stat = open(f"/proc/{arguments[0]}/stat").read()
+        bad = int(stat.rpartition(")")[2].split()[1]) != os.getpid()
     else:
-        bad = event.startswith(("os.kill", "os.exec", "os.fork", "os.posix_spawn", "os.remove",
+        bad = event.startswith(("os.exec", "os.posix_spawn", "os.remove",
             "os.rename", "os.mkdir", "os.truncate", "os.chmod", "os.setxattr", "os.unlink",
             "subprocess", "signal.pthread_kill", "socket", "pty", "ctypes.dlopen"))
         if event == "ctypes.dlopen":
@@ -663,7 +653,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("name", ["zero", "forked"])
 def test_it_only_reads(name: str, scene: Build) -> None:
-    pid = scene(name).pid
+    check_only_reads(scene(name).pid)
+
+
+def test_two_processes_only_read() -> None:
+    with ready(FORK_SCENE, 2) as process:
+        check_only_reads(process.pid)
+
+
+def check_only_reads(pid: int) -> None:
     wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_SLEEPING)
     before = process_state(pid)
     # Without -B, Python itself would write a .pyc.
@@ -787,22 +785,73 @@ def test_too_little_memory_is_told_in_one_line(mib: int, scene: Build) -> None:
         assert result.stdout.count("\n") == 5
 
 
-# Readers have no memory to hand anything over; nobody else is in a hurry to read.
-EXHAUSTED = """
-import memuse, threading, time
-call = memuse.Readers._call
-def fail(*arguments):
-    if threading.current_thread() is not threading.main_thread():
-        raise MemoryError
-    time.sleep(1)
-    call(*arguments)
-memuse.Readers._call = fail
+# What may befall one of two processes of memuse: the second, or the first.
+BEFALLEN = """
+count_theirs, count_each = memuse.count_theirs, memuse.count_each
+def fail(*_):
+    {how}
+def second(*arguments):
+    memuse.count_each = count_each
+    fail.once = {when}
+    {when} = fail
+    count_theirs(*arguments)
+memuse.count_theirs = second
+"""
+FIRST_BEFALLEN = """
+count_each = memuse.count_each
+def fail(job, tell):
+    if job.stripes and 0 in job.stripes:
+        raise ProcessLookupError
+    return count_each(job, tell)
+memuse.count_each = fail
 """
 
 
-def test_too_little_memory_in_a_reader_thread() -> None:
-    with ready(FORK_SCENE, 1) as process:
-        one_line(simulated(EXHAUSTED, process.pid), "not enough memory")
+ANEW = """
+count_in_one = memuse.count_in_one
+def anew(*arguments):
+    print("anew", file=sys.stderr)
+    return count_in_one(*arguments)
+memuse.count_in_one = anew
+"""
+
+
+def check_befallen(change: str) -> None:
+    """All is counted anew by one process."""
+    with ready(FORK_SCENE, 2) as process:
+        for columns in ("pid,frames,unique,rss,swap", "pid,rss,swap"):
+            expected = memuse("-o", columns, process.pid)
+            result = simulated(IN_TWO + ANEW + change, "-o", columns, process.pid)
+            assert (result.returncode, result.stderr) == (0, "anew\n")
+            assert result.stdout.splitlines()[2:4] == expected.stdout.splitlines()[2:4]
+            assert result.stdout.splitlines()[-1] == expected.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("when", ["memuse.own_pid", "memuse.Reading", "memuse.marshal.dump"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raise MemoryError",
+        "{when} = fail.once; raise ProcessLookupError",
+        "os.kill(os.getpid(), 9)",
+        "os._exit(0)",
+    ],
+)
+def test_a_second_process_that_fails_is_done_without(when: str, how: str) -> None:
+    check_befallen(BEFALLEN.format(when=when, how=how.format(when=when)))
+
+
+@pytest.mark.parametrize("change", [FIRST_BEFALLEN, "def fail(): raise OSError\nos.fork = fail"])
+def test_a_second_process_that_is_of_no_use(change: str) -> None:
+    check_befallen(change)
+
+
+def test_a_second_process_ends_with_the_first() -> None:
+    die = "def die(*a):\n print(a[1], flush=True)\n os.kill(os.getpid(), 9)\nos.waitid = die"
+    with ready(FORK_SCENE, 2) as process:
+        result = simulated(IN_TWO + die, process.pid)
+    assert result.returncode == -9
+    wait_for(lambda: not psutil.pid_exists(int(result.stdout)))
 
 
 def interrupted_early(stderr: str) -> bool:
@@ -1351,6 +1400,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     tear=st.sets(st.integers(1, 3), max_size=1),
     portion=st.sampled_from([512, 1536, 1 << 15]),
     few=st.sampled_from([0, 3, 16]),
+    in_two=st.booleans(),
 )
 @example(
     made=[
@@ -1360,6 +1410,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     tear=set(),
     portion=1 << 15,
     few=16,
+    in_two=False,
 )
 @example(  # one that vanishes when some of it has been counted, and had much and part of it new
     made=[
@@ -1371,6 +1422,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     tear={1},
     portion=1 << 15,
     few=16,
+    in_two=False,
 )
 @example(
     made=[
@@ -1382,6 +1434,7 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     tear={1},
     portion=1 << 15,
     few=16,
+    in_two=False,
 )
 @example(  # the same with numbers that are too few for a Block
     made=[
@@ -1393,9 +1446,10 @@ def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     tear={1},
     portion=1 << 15,
     few=16,
+    in_two=False,
 )
 def test_any_entries_are_counted_as_sets_would(
-    made: list[list[Area]], tear: set[int], portion: int, few: int
+    made: list[list[Area]], tear: set[int], portion: int, few: int, in_two: bool
 ) -> None:
     """Whatever is in page tables, and wherever the portions end in which they are read."""
     torn = {i for i in tear if i < len(made)}
@@ -1408,6 +1462,11 @@ def test_any_entries_are_counted_as_sets_would(
         with entered(made_up), pytest.MonkeyPatch.context() as patch:
             patch.setattr(tool, "LONG", portion)
             patch.setattr(tool, "FEW", few)
+            if in_two:
+                patch.setattr(tool, "LARGE", -1 << 60)
+                patch.setattr(tool, "STRIPE", tool.PMD_PAGES)
+                patch.setattr(tool, "ALL", range(2))
+                patch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
             check_made_up(made_up, torn)
 
 
@@ -1466,7 +1525,7 @@ def parse(text: bytes) -> None:
     assert all(kib >= 0 for kib in tool.parse_figures(text).values())
     with contextlib.suppress(tool.Error):
         areas, files = tool.parse_maps(text)
-        assert all(isinstance(start + end, int) for start, end in areas)
+        assert all(isinstance(start + end, int) for start, end, _ in areas)
         assert all(isinstance(start + end + shift, int) for start, end, shift, _ in files)
 
 
@@ -1516,7 +1575,7 @@ def test_parsers_take_the_real_thing() -> None:
     for line in MAPS:
         start, end = (int(text, 16) // tool.PAGE_SIZE for text in line.split()[0].split(b"-"))
         inode = line.split()[4]
-        assert any(low <= start < end <= high for low, high in areas) or b"[vsyscall]" in line
+        assert any(low <= start < end <= high for low, high, _ in areas) or b"[vsyscall]" in line
         assert inode == b"0" or any(
             low <= start < end <= high and file.endswith(inode) for low, high, _, file in files
         )

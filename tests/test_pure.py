@@ -31,10 +31,10 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 def test_mappings_go_on_where_addresses_and_places_in_files_do() -> None:
     areas, files = memuse.parse_maps(MAPS)
     assert areas == [
-        (0x55D0C0A00, 0x55D0C0A07),
-        (0x7F0000000, 0x7F0000005),
-        (0x7F0001000, 0x7F0001001),
-        (0x7FFD00000, 0x7FFD00002),
+        (0x55D0C0A00, 0x55D0C0A07, None),
+        (0x7F0000000, 0x7F0000005, None),
+        (0x7F0001000, 0x7F0001001, None),
+        (0x7FFD00000, 0x7FFD00002, None),
     ]
     assert files == [
         (0x55D0C0A00, 0x55D0C0A05, 1 - 0x55D0C0A00, b"fe:00 1234"),

@@ -13,27 +13,39 @@ from typing import Any, Callable
 import psutil
 import pytest
 import reference
-from conftest import Scene, measured, memuse, needs_root
+from conftest import IN_TWO, NOT_IN_ONE, Scene, measured, memuse, needs_root, simulated
 
 pytestmark = needs_root
 Build = Callable[..., Scene]
 
 
+COLUMNS = ("pid", "frames", "unique", "swap")
+
+
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """What the reference counts too."""
+    found = {name: report["total"][name] for name in ("frames", "swap", "uss")}
+    return {**found, "rows": [tuple(p[name] for name in COLUMNS) for p in report["processes"]]}
+
+
 def compare(*roots: int) -> dict[str, Any]:
     """memuse's report on trees, after it was found equal to the reference."""
     pids = [pid for root in roots for pid in reference.tree(root)]
-    columns = ("pid", "frames", "unique", "swap")
     for _ in range(5):
         expected = reference.count(pids)
         report = measured(*roots)
+        in_two = json.loads(simulated(IN_TWO, "--json", *roots).stdout)
         # Without the kernel's figures no smaps is read: the same to the frame.
-        gentle = measured("-o", ",".join(columns), *roots)
-        found = {name: report["total"][name] for name in ("frames", "swap", "uss")}
-        found["rows"] = [tuple(p[name] for name in columns) for p in report["processes"]]
+        gentle = measured("-o", ",".join(COLUMNS), *roots)
+        found = [figures(report), figures(in_two)]
         rows = [tuple(p.values()) for p in gentle["processes"]]
-        if (found == expected and rows == expected["rows"]) or expected == reference.count(pids):
+        if (found == [expected] * 2 and rows == expected["rows"]) or expected == reference.count(
+            pids
+        ):
             break  # else others on this machine map the same files, or pages were collapsed
-    assert found == expected
+    assert found[0] == expected
+    assert found[1] == expected
+    assert [p["rss"] for p in in_two["processes"]] == [p["rss"] for p in report["processes"]]
     assert rows == expected["rows"]
     assert gentle["total"] == {"frames": expected["frames"], "swap": expected["swap"]}
     for process in report["processes"]:
@@ -74,7 +86,16 @@ def test_scene(name: str, scene: Build) -> None:
     assert report["total"]["frames"] >= SCENES[name]
 
 
-@pytest.mark.parametrize("name", ["huge", "huge_zero", "homeless", "vforked_huge"])
+@pytest.mark.parametrize("name", ["plain", "forked", "generations", "shared"])
+def test_two_processes_make_a_whole(name: str, scene: Build) -> None:
+    """That they are not merely tried before one is."""
+    result = simulated(NOT_IN_ONE, "--json", scene(name).pid)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "name", ["huge", "huge_zero", "huge_misplaced", "homeless", "vforked_huge"]
+)
 def test_huge_pages(name: str, scene: Build, thp: None) -> None:
     pid = scene(name).pid
     assert "AnonHugePages:         0" not in Path(f"/proc/{pid}/smaps_rollup").read_text()
