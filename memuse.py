@@ -236,11 +236,24 @@ def own_pid() -> int:
         raise Error(f"no {proc('self')}: mount the /proc of this PID namespace") from None
 
 
-def read_file(name: str, directory: int | None = None, limit: int = -1) -> bytes:
+def read_file(name: str, directory: int | None = None, limit: int = sys.maxsize) -> bytes:
     """A file in a directory that is open, up to some number of bytes."""
     fd = os.open(name, os.O_RDONLY, dir_fd=directory)
-    with open(fd, "rb", buffering=0) as file:
-        return file.read(limit)
+    try:
+        return read_rest(fd, limit)
+    finally:
+        os.close(fd)
+
+
+def read_rest(fd: int, limit: int = sys.maxsize) -> bytes:
+    """Without a file object, which for files as small as these takes as long as reading."""
+    parts = []
+    while limit > 0:
+        parts.append(os.read(fd, min(limit, 1 << 16)))
+        if not parts[-1]:
+            break
+        limit -= len(parts[-1])
+    return b"".join(parts)
 
 
 def read_words(fd: int, first: int, number: int) -> bytes:
@@ -406,8 +419,7 @@ class Reading:
         """The kernel's own, in KiB, if they are wanted."""
         if self._smaps is None:
             return Counter()
-        with open(self._smaps, "rb", buffering=0, closefd=False) as smaps:
-            figures = parse_figures(smaps.read())
+        figures = parse_figures(read_rest(self._smaps))
         if not figures:
             raise ProcessLookupError
         return figures
@@ -1018,6 +1030,8 @@ def command_line(cmdline: bytes, name: bytes) -> str:
 
 def visible(text: str) -> str:
     """The text with what a terminal might obey, or not show, written as escapes."""
+    if text.isprintable():
+        return text
     # A byte that is not UTF-8 stands in it as a surrogate (PEP 383).
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

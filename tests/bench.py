@@ -242,17 +242,33 @@ def spans_in_use(smaps: bytes) -> Iterator[tuple[int, int]]:
 # ---- Measuring ----------------------------------------------------------------------
 
 
-def run(command: list[str]) -> tuple[float, float, bytes]:
-    """The command's wall time, peak RSS in MiB, and output."""
+def run(command: list[str]) -> tuple[float, bytes]:
+    """The command's wall time and output."""
     start = time.perf_counter()
     with subprocess.Popen(LIMIT + command, stdout=subprocess.PIPE, cwd=HERE) as process:
         output = process.stdout.read() if process.stdout else b""
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"exit status {process.returncode}: {' '.join(command)[:200]}")
-    return seconds, usage.ru_maxrss / 1024, output
+    return seconds, output
+
+
+def peak_mib(command: list[str]) -> float:
+    """Its peak RSS in MiB, and its children's on top, though these share a part of it."""
+    peaks: dict[str, int] = {}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HERE) as process:
+        ended, status = 0, 0
+        while not ended:
+            with suppress(OSError, IndexError):  # it has ended
+                for child in (
+                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                ):
+                    text = Path(f"/proc/{child}/status").read_text()
+                    peaks[child] = int(text.partition("VmHWM:")[2].split()[0])
+            time.sleep(0.001)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return (usage.ru_maxrss + sum(peaks.values())) / 1024
 
 
 def floor_command(pids: list[int], only_smaps: bool = False) -> list[str]:
@@ -276,15 +292,15 @@ def measure(name: str, scale: float, rounds: int, sleeper: int) -> dict[str, flo
 def measure_tree(pid: int, rounds: int, sleeper: int, with_floor: bool) -> dict[str, float]:
     values = defaultdict(list)
     for _ in range(rounds):
-        seconds, peak_mib, output = run([*MEMUSE, str(pid)])
+        seconds, output = run([*MEMUSE, str(pid)])
         rows = json.loads(output)["processes"]
         pids = [row["pid"] for row in rows]
         values["memuse"].append(seconds)
-        values["peak MiB"].append(peak_mib)
+        values["peak MiB"].append(peak_mib([*MEMUSE, str(pid)]))
         values["processes"].append(len(rows))
         values["pages"].append(sum(row["frames"] for row in rows))
         if with_floor:
-            values["floor"].append(float(run(floor_command(pids))[2]))
+            values["floor"].append(float(run(floor_command(pids))[1]))
         commands = {
             "startup": [*MEMUSE, str(sleeper)],
             "gentle": [*GENTLE, str(pid)],
