@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     Row = dict[str, Any]  # by names of columns; sizes in bytes
     Outcome = Union[Row, str, None]  # why a process is left out, or None if it exited
     Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
+    Known = tuple[list[Found], list[int], bool]  # and lone numbers; whether that is all
 
 __version__ = "1.0.0"
 
@@ -470,6 +471,7 @@ RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little"
 FEW = 16  # numbers at a place take less memory in a dictionary than a Block
 # Marks: no memory; met as part of a PRIVATE huge page; in no Block; others are of Blocks.
 UNREAL, CLAIMED, LONE, *OF_BLOCKS = range(1, 256)
+RECENT = 1 << 14  # pieces of memory, of up to LANES pages, that are known by their hash
 GROWTH = 1 << 20  # so many marks are added at a time
 PART = 1 << 12  # so many are looked through in one go
 UNMARKED = bytes(PART)
@@ -592,9 +594,9 @@ class Ledger:
     def __init__(self) -> None:
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
         self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
-        # Where entries last met were entered, by their hash, if all were.  Python keys its hash
-        # of bytes anew in every run: that others have the same is as likely as 1 in 2**64.
-        self.recent: dict[int, list[Found]] = {}
+        # What _find() told of entries last met, by their hash, if all were entered.  Python keys
+        # its hash of bytes anew in every run: others have the same as likely as 1 in 2**64.
+        self.recent: dict[int, Known] = {}
         self.marks = lazy_bytes(GROWTH)  # a byte for each number; see reach()
         self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
         self.claimed: list[int] = []  # first PFNs of PRIVATE huge pages
@@ -636,12 +638,14 @@ class Ledger:
             key, at = (file, (index + low) // LANES), low - start
             part, chosen = words[low * WORD : high * WORD], bytes(lanes[low:high])
             content = hash((key, at, part, chosen))
-            known = self.recent.pop(content, None)
-            found, complete = (known, True) if known else self._find(key, part, chosen, at)
+            known = self.recent.pop(content, None) or self._find(key, part, chosen, at)
+            found, lone, complete = known
             if complete:
-                self.recent[content] = found  # now the last to go
-                if len(self.recent) > 2 * len(self.blocks):
+                self.recent[content] = known  # now the last to go
+                if len(self.recent) > RECENT:
                     del self.recent[next(iter(self.recent))]
+            if lone:
+                self.strays.update(lone)
             for block, same, number in found:
                 every = self.own[block]
                 if every and not every[-1][0] & same:  # so that few are kept
@@ -649,12 +653,10 @@ class Ledger:
                     same, number = same | others, number + many
                 every.append((same, number))
 
-    def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> tuple[list[Found], bool]:
-        """Blocks and lanes that equal the chosen entries, from lane `at` on; whether all do.
-
-        What is new is entered.
-        """
+    def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> Known:
+        """Where the chosen entries, from lane `at` on, were entered; what is new is now."""
         found: list[Found] = []
+        lone: list[int] = []
         complete = True
         blocks, depth = self.blocks[key], 0
         left = int.from_bytes(chosen, "little") << 8 * at
@@ -662,8 +664,9 @@ class Ledger:
         while left:
             if depth == len(blocks):
                 if octets(left >> 8 * at).count(0x80) <= FEW:
-                    self._enter_lone(words, left >> 8 * at)
-                    return found, False
+                    lone = self._enter_lone(words, left >> 8 * at)
+                    complete = complete and len(lone) == octets(left >> 8 * at).count(0x80)
+                    break
                 mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
                 blocks.append(Block(self.of_file.setdefault(key[0], mark)))
             planes = planes or planes_of(words, at)
@@ -682,7 +685,7 @@ class Ledger:
             if same:
                 found.append((block, same, octets(same >> 8 * at).count(0x80)))
             left &= ~(same | fresh)
-        return found, complete
+        return found, lone, complete
 
     def _enter(self, mark: int, words: bytes, lanes: int) -> int:
         """Mark the numbers in these lanes; lanes of those that nobody had."""
@@ -710,12 +713,13 @@ class Ledger:
                 self.strays[number] += 1
         return int.from_bytes(entered, "little")
 
-    def _enter_lone(self, words: bytes, lanes: int) -> None:
+    def _enter_lone(self, words: bytes, lanes: int) -> list[int]:
+        """Those of the numbers in these lanes that nobody had."""
         new = octets(self._enter(LONE, words, lanes))
         numbers = list(compress(numbers_of(words[: len(new) * WORD]), new))
         self.lone += numbers
-        self.strays.update(numbers)
         self.new += len(numbers)
+        return numbers
 
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
