@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # until main() can do better: Ctrl-C during the imports
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Until main() can do better: Ctrl-C during the imports.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -31,6 +32,7 @@ import marshal
 import mmap
 import os
 import re
+import select
 import struct
 import sys
 import time
@@ -53,19 +55,19 @@ except (ImportError, MemoryError, OSError) as broken:
 TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, NoReturn, TextIO, Union
+    from typing import Any, NoReturn, TextIO
 
     Span = tuple[int, int]  # from a page up to another
     # From a page up to another; the shift from them to pages of the file; the file: its
     # device and inode, or a special mapping's name.
     FileVma = tuple[int, int, int, bytes]
-    # What is mapped, whole; or, with the shift from pages to places, every other STRIPE.
+    # What is mapped, to be read whole; or, with the shift from pages to places, by stripes.
     Area = tuple[int, int, int | None]
     Chunk = tuple[int, bytes]  # a page, and the pagemap entries from there on
     Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
     Tell = Callable[[int, int], None]  # of processes and pages read
     Row = dict[str, Any]  # by names of columns; sizes in bytes
-    Outcome = Union[Row, str, None]  # why a process is left out, or None if it exited
+    Outcome = Row | str | None  # why a process is left out, or None if it exited
     Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
     Known = tuple[list[Found], list[int], bool]  # and lone numbers; whether that is all
 
@@ -74,6 +76,10 @@ __version__ = "1.0.0"
 
 class Error(Exception):
     """What can be expected to go wrong, told in the one line that the user sees."""
+
+
+class Unfit(Exception):
+    """What two processes counted does not make a whole."""
 
 
 # What reading a process raises once it has ended or called exec.
@@ -87,7 +93,7 @@ WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in nat
 PMD_PAGES = PAGE_SIZE // WORD  # pages under one page table, and so in a PMD-mapped huge page
 
 # A pagemap entry (pagemap.rst).  Bits 0-54 hold the PFN, or swap type (0-4) and offset.
-# Physical addresses have 52 bits at the most, so a PFN has 40, and so has any real offset.
+# Physical addresses have 52 bits at the most, so a PFN has 40; no swap area has more slots.
 NUMBER_BYTES = 5
 NUMBER_MASK = (1 << 8 * NUMBER_BYTES) - 1
 # Swap types from here up are migration, poison, device and marker entries
@@ -108,25 +114,25 @@ PF_KTHREAD = 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
 ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
 
 # What an entry stands for, told from its flags.
-NOTHING, PRIVATE, SHARED, OF_FILE, IN_SWAP = range(5)
+NOTHING, ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE, IN_SWAP = range(5)
 
 
 def kind_of(flags: int) -> int:
     """What an entry with these flags (its bits 56-63) stands for.
 
-    PRIVATE is anonymous memory mapped by one process alone, and once: nobody else
-    has the frame.  SHARED is other memory that is no file's: copy-on-write, KSM, but
+    ANON_EXCLUSIVE is anonymous memory mapped by one process alone, and once: nobody else
+    has the frame.  ANON_OR_DEVICE is other memory that is no file's: copy-on-write, KSM, but
     also the zero page and device memory.
     """
     if flags & PRESENT:
         if flags & FILE:
-            return OF_FILE
-        return PRIVATE if flags & EXCLUSIVE else SHARED
+            return FILE_PAGE
+        return ANON_EXCLUSIVE if flags & EXCLUSIVE else ANON_OR_DEVICE
     return IN_SWAP if flags & SWAPPED and not flags & GUARD else NOTHING
 
 
-# For bytes.translate: flags to kinds, one byte to a marked lane (see Block) and the others to
-# 0, lowest bytes of entries to swap types.
+# Tables for bytes.translate: flags to kinds; one byte to 0x80 and all others to 0; an entry's
+# lowest byte to its swap type.
 KINDS = bytes(map(kind_of, range(256)))
 LANES_OF = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]
 SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
@@ -136,9 +142,6 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 VSYSCALL = (1 << 63) // PAGE_SIZE  # above what pagemap covers
-# Of each file, and of the address space for what is no file's, so many pages are for one of two
-# processes of memuse; whose, is told by the number of the stripe, modulo len(ALL).
-STRIPE, ALL = 1 << 13, range(16)
 HOLE = 256  # pages that cost less to read over than another call
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (.*)\n", re.M)
 FIGURE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)): +([0-9]{1,15}) kB$", re.M)
@@ -156,12 +159,22 @@ def parse_mapping(rest: bytes) -> tuple[int, bytes | None]:
     return int(offset, 16) // PAGE_SIZE, file
 
 
+# When two processes of memuse share the work, a stripe is so many pages of a file or, for what is
+# no file's, of the address space; its number says whose it is.
+STRIPE, STRIPES = 1 << 13, range(16)
+
+
+def among(stripe: int, stripes: range) -> bool:
+    """Whether these, of STRIPES, have the stripe's number; neighbours are mostly taken in turn."""
+    return stripe * 9 % len(STRIPES) in stripes
+
+
 def parse_maps(maps: bytes, stripes: range | None = None) -> tuple[list[Area], list[FileVma]]:
     """Where anything is mapped, and where files are, in /proc/PID/maps (proc.rst).
 
-    Given which stripes are to be read, areas that have none are left out.  Those with less
-    than a HOLE between them are one, and so are mappings where the file goes on as the
-    addresses do.  Error at a line that cannot be made out.
+    If only some stripes are to be read, areas that have none of them are left out.  Areas
+    with less than a HOLE between them are one, and so are mappings where the file goes on
+    as the addresses do.  Error at a line that cannot be made out.
     """
     areas: list[Area] = []
     files: list[FileVma] = []
@@ -184,12 +197,13 @@ def parse_maps(maps: bytes, stripes: range | None = None) -> tuple[list[Area], l
             if stripes is not None:
                 if not file:
                     shift = 0
-                elif rest[3:4] == b"p":  # of /dev/zero, which may have huge pages anywhere
+                elif rest[3:4] == b"p":
+                    # Of /dev/zero, huge pages can begin anywhere in the file: do not cut them.
                     shift += -shift % PMD_PAGES
                 stripe, last = (start + shift) // STRIPE, (end - 1 + shift) // STRIPE
                 if stripe < last:
                     areas.append((start, end, shift))
-                if stripe < last or stripe % len(ALL) not in stripes:
+                if stripe < last or not among(stripe, stripes):
                     edge = -HOLE
                     continue
             areas.append((areas.pop()[0] if start - edge < HOLE else start, end, None))
@@ -221,6 +235,26 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(fields[0], int(fields[1]), kernel_thread, *numbers, image, name)
 
 
+COMMAND_LIMIT = 1 << 17  # bytes: a process can claim any of its memory to be arguments
+
+
+def command_line(cmdline: bytes, name: bytes) -> str:
+    """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
+    line = cmdline[:COMMAND_LIMIT].rstrip(b"\0").replace(b"\0", b" ")
+    line = line if line.strip() else b"[%s]" % name
+    shown = escaped(line.decode("utf-8", "surrogateescape"))
+    return shown + "..." if len(cmdline) > COMMAND_LIMIT else shown
+
+
+def escaped(text: str) -> str:
+    """The text with what a terminal might obey, or not show, written as escapes."""
+    if text.isprintable():
+        return text
+    # A byte that is not UTF-8 stands in it as a surrogate (PEP 383).
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # ---- Reading ------------------------------------------------------------------
 
 
@@ -230,15 +264,15 @@ def proc(name: str) -> str:
 
 
 def own_pid() -> int:
-    """In the PID namespace of this /proc, which need not be ours."""
+    """Our PID as this /proc shows it, whose PID namespace need not be ours."""
     try:
         return int(os.readlink(proc("self")))
     except OSError:
         raise Error(f"no {proc('self')}: mount the /proc of this PID namespace") from None
 
 
-def read_file(name: str, directory: int | None = None, limit: int = sys.maxsize) -> bytes:
-    """A file in a directory that is open, up to some number of bytes."""
+def read_file(name: str, directory: int | None = None, limit: int | None = None) -> bytes:
+    """A file, by its path from a directory that is open; not much more than a limit."""
     fd = os.open(name, os.O_RDONLY, dir_fd=directory)
     try:
         return read_rest(fd, limit)
@@ -246,15 +280,10 @@ def read_file(name: str, directory: int | None = None, limit: int = sys.maxsize)
         os.close(fd)
 
 
-def read_rest(fd: int, limit: int = sys.maxsize) -> bytes:
-    """Without a file object, which for files as small as these takes as long as reading."""
-    parts = []
-    while limit > 0:
-        parts.append(os.read(fd, min(limit, 1 << 16)))
-        if not parts[-1]:
-            break
-        limit -= len(parts[-1])
-    return b"".join(parts)
+def read_rest(fd: int, limit: int | None = None) -> bytes:
+    """The rest of an open file: by os.read(), for file objects would cost as much again."""
+    reads = iter(functools.partial(os.read, fd, 1 << 16), b"")
+    return b"".join(islice(reads, limit and limit // (1 << 16) + 1))
 
 
 def read_words(fd: int, first: int, number: int) -> bytes:
@@ -267,12 +296,14 @@ def read_words(fd: int, first: int, number: int) -> bytes:
     except ProcessLookupError:
         return b""
     if sys.byteorder == "big":
-        words = struct.pack(f"<{len(words) // WORD}Q", *unpack(words, ">"))
+        swapped = array.array("Q", words)
+        swapped.byteswap()
+        words = swapped.tobytes()
     return words
 
 
-def unpack(words: bytes, order: str = "<") -> tuple[int, ...]:
-    return struct.unpack(f"{order}{len(words) // WORD}Q", words)
+def unpack(words: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(words) // WORD}Q", words)
 
 
 def numbers_of(words: bytes) -> list[int]:
@@ -285,7 +316,7 @@ def numbers_of(words: bytes) -> list[int]:
 def next_resident(pagemap: int, start: int, end: int) -> int:
     """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN)."""
     region, which = array.array("Q", [0, 0, 0]), PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    # size flags start end walk_end, vec vec_len max_pages, category_inverted _mask _anyof_mask,
+    # size flags start end walk_end vec vec_len max_pages; category_inverted _mask _anyof_mask,
     # return_mask
     head = (12 * WORD, 0, start * PAGE_SIZE, end * PAGE_SIZE, 0, region.buffer_info()[0], 1, 1)
     fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
@@ -339,65 +370,56 @@ class Kernel:
         return bool(words) and bool(unpack(words)[0] & flag)
 
 
-def give_up() -> NoReturn:
-    """End at once, where there is no memory for anything else."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"\r\033[K" * os.isatty(2) + b"memuse: there is not enough memory\n")
-    os._exit(1)
+def stat_of(pid: int) -> Stat | None:
+    with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
+        return parse_stat(read_file(proc(f"{pid}/stat")))
+    return None
 
 
 # A process in the tree; when it was found, `stat` was so.
 Node = namedtuple("Node", "pid stat depth")
 
-FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
-
-
-# What to count: nodes; columns; which stripes of their memory, or all; whose figures, by PID.
-Job = namedtuple("Job", "nodes wanted kernel stripes pids")
+# Processes to count, as nodes; a Kernel, or None to read no pagemap; which stripes, or None for
+# all; PIDs of which to read smaps.
+Job = namedtuple("Job", "nodes columns kernel stripes smaps_of")
 
 
 class Reading:
     """A process while it is read: raises one of VANISHED if it ends or calls exec.
 
     All its files are opened by way of one descriptor of its directory and before
-    another look at its stat.  So they belong to the process in the node and to one memory,
-    even if it calls exec or its PID is used anew: then there is nothing more in them.
+    another look at its stat.  So they belong to the node's process and to one mm; if it
+    calls exec, or its PID is used anew, there is nothing more in them.
     """
 
-    def __init__(self, node: Node, job: Job) -> None:
+    def __init__(self, node: Node, job: Job, opened: contextlib.ExitStack) -> None:
         """Page tables if the job has a kernel, and figures if any of FROM_SMAPS are wanted."""
+        self._opened = opened  # it closes the files
         self.files: list[FileVma] = []
         self.spans: Iterable[Span] = ()
         self._smaps: int | None = None
-        with contextlib.ExitStack() as self._opened:
-            directory = self._open(proc(str(node.pid)))
-            # Not psutil's: it reads all that a process may claim, and by way of its PID.
-            cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
-            self.command = command_line(cmdline, node.stat.name)
-            self.user = psutil.Process(node.pid).username() if "user" in job.wanted else None
-            alive = self._alive(node.stat, directory)
-            if alive is not None and job.wanted & FROM_SMAPS and node.pid in job.pids:
-                try:
-                    self._smaps = self._open(alive + "smaps_rollup", directory)
-                except FileNotFoundError:  # before 4.14, or the process is gone
-                    self._smaps = self._open(alive + "smaps", directory)
-            if alive is not None and job.kernel:
-                self.pagemap = self._open(alive + "pagemap", directory)
-                maps = read_file(alive + "maps", directory)
-                if not maps:  # as after exit and exec
-                    raise ProcessLookupError
-                areas, self.files = parse_maps(maps, job.stripes)
-                self.spans = spans_of(areas, job.stripes or ALL, self.pagemap, job.kernel.scan)
-            stat = parse_stat(read_file("stat", directory))
-            if (stat.started, stat.image) != (node.stat.started, node.stat.image):
+        directory = self._open(proc(str(node.pid)))
+        # Not psutil's: it reads all that a process may claim, and by way of its PID.
+        cmdline = read_file("cmdline", directory, COMMAND_LIMIT)
+        self.command = command_line(cmdline, node.stat.name)
+        self.user = psutil.Process(node.pid).username() if "user" in job.columns else None
+        alive = self._alive(node.stat, directory)
+        if alive is not None and job.columns & FROM_SMAPS and node.pid in job.smaps_of:
+            try:
+                self._smaps = self._open(alive + "smaps_rollup", directory)
+            except FileNotFoundError:  # before 4.14, or the process is gone
+                self._smaps = self._open(alive + "smaps", directory)
+        if alive is not None and job.kernel:
+            self.path = proc(f"{node.pid}/{alive}pagemap")
+            self.pagemap = self._open(alive + "pagemap", directory)
+            maps = read_file(alive + "maps", directory)
+            if not maps:  # as after exit and exec
                 raise ProcessLookupError
-            self._opened = self._opened.pop_all()  # else they are closed
-
-    def __enter__(self) -> Reading:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
+            areas, self.files = parse_maps(maps, job.stripes)
+            self.spans = spans_of(areas, job.stripes, self.pagemap, job.kernel.scan)
+        stat = parse_stat(read_file("stat", directory))
+        if (stat.started, stat.image) != (node.stat.started, node.stat.image):
+            raise ProcessLookupError
 
     def _open(self, name: str, directory: int | None = None) -> int:
         fd = os.open(name, os.O_RDONLY, dir_fd=directory)
@@ -431,34 +453,37 @@ class Reading:
             if len(words) != (end - start) * WORD:
                 raise ProcessLookupError
             yield start, words
+        if self.spans and not read_words(self.pagemap, 0, 1):
+            raise ProcessLookupError  # a PAGEMAP_SCAN that finds nothing may not tell of that
 
 
 # How many entries to ask for at a time: few where memory is sparse.
-LONG, SHORT = 1 << 15, PMD_PAGES
-SMALL = 1 << 13  # pages that are read whole, without a look for what is resident
+MAX_READ, MIN_READ = 1 << 15, PMD_PAGES
+READ_WHOLE = 1 << 13  # pages that are read without a look for what is resident
 
 
-def spans_of(areas: list[Area], stripes: range, pagemap: int, scan: bool) -> Iterator[Span]:
+def spans_of(areas: list[Area], stripes: range | None, pagemap: int, scan: bool) -> Iterator[Span]:
     """Spans of pages that hold whatever is resident and little else.
 
     They end at multiples of PMD_PAGES, if an area goes on there: no huge page is cut.
     """
     for start, last, shift in areas:
-        size = SHORT
+        size = MIN_READ
         while start < last:
-            found = next_resident(pagemap, start, last) if scan and last - start > SMALL else start
+            look = scan and last - start > READ_WHOLE
+            found = next_resident(pagemap, start, last) if look else start
             if found == last:
                 break
             limit = last
-            if shift is not None:  # up to the end of the stripe, if that is ours
+            if stripes is not None and shift is not None:  # up to the end of the stripe, if ours
                 stripe, page = divmod(found + shift, STRIPE)
                 limit = min(found + STRIPE - page, last)
-                if stripe % len(ALL) not in stripes:
+                if not among(stripe, stripes):
                     start = limit
                     continue
-            size = min(2 * size, LONG) if found == start else SHORT
+            size = min(2 * size, MAX_READ) if found == start else MIN_READ
             start = min((found + size) // PMD_PAGES * PMD_PAGES, limit)
-            if limit - found <= SMALL:
+            if limit - found <= READ_WHOLE:
                 start = limit
             yield found, start
 
@@ -468,13 +493,13 @@ def spans_of(areas: list[Area], stripes: range, pagemap: int, scan: bool) -> Ite
 LANES = 4 * PMD_PAGES
 ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
 RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
-FEW = 16  # numbers at a place take less memory in a dictionary than a Block
-# Marks: no memory; met as part of a PRIVATE huge page; in no Block; others are of Blocks.
+MAX_LONE = 16  # up to so many numbers at a place take less memory in a dictionary than a Block
+# Marks: no memory; met as part of an ANON_EXCLUSIVE huge page; in no Block; others are of Blocks.
 UNREAL, CLAIMED, LONE, *OF_BLOCKS = range(1, 256)
 RECENT = 1 << 14  # pieces of memory, of up to LANES pages, that are known by their hash
-GROWTH = 1 << 20  # so many marks are added at a time
-PART = 1 << 12  # so many are looked through in one go
-UNMARKED = bytes(PART)
+MARKS_GROWTH = 1 << 20  # so many marks are added at a time
+MARKS_PART = 1 << 12  # so many are looked through in one go
+UNMARKED = bytes(MARKS_PART)
 REAL = bytes([0, 0]) + b"\xff" * 254  # for bytes.translate: marks but UNREAL to all bits
 MARKED = re.compile(rb"[^\0]+(?:\0{1,64}[^\0]+)*")  # PFNs whose kpagecount to read in one call
 MANY = 255  # mapcounts from here on do not fit in a byte
@@ -485,7 +510,12 @@ def octets(lanes: int) -> bytes:
     return lanes.to_bytes((lanes.bit_length() + 7) // 8, "little")
 
 
-def whole(lanes: int) -> int:
+def how_many(lanes: int) -> int:
+    """How many lanes are marked."""
+    return octets(lanes).count(0x80)
+
+
+def filled(lanes: int) -> int:
     """0xFF where lanes are marked by 0x80."""
     return (lanes << 1) - (lanes >> 7)
 
@@ -513,7 +543,7 @@ def lazy_bytes(size: int) -> mmap.mmap:
 
 
 class Block:
-    """What is known of LANES neighbouring pages: which number each was first met with.
+    """One number for each of LANES neighbouring pages, as far as known.
 
     A lane is one page's byte in an integer of LANES bytes, so that one operation
     treats all pages; a lane is marked by 0x80.  `known` marks those that have a number;
@@ -536,19 +566,19 @@ class Block:
             differ = 0
             for one, other in zip(planes, self.planes):
                 differ |= one ^ other
-            sevens = whole(lanes) ^ lanes
+            sevens = filled(lanes) ^ lanes
             differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
             lanes &= ~differ
         return lanes
 
     def enter(self, planes: list[int], lanes: int) -> None:
         """Know these numbers, in lanes not known before."""
-        fill = whole(lanes)
+        fill = filled(lanes)
         self.planes = [old | new & fill for old, new in zip(self.planes, planes)]
         self.known |= lanes
 
     def forget(self, lanes: int) -> None:
-        self.planes = [plane & ~whole(lanes) for plane in self.planes]
+        self.planes = [plane & ~filled(lanes) for plane in self.planes]
         self.known &= ~lanes
 
     def numbers(self, lanes: int) -> list[int]:
@@ -588,7 +618,7 @@ class Ledger:
     numbers, unless it maps a place twice, which `own` shows.  A number met elsewhere
     than where it was entered (KSM, mremap, buffers of drivers) is a stray, and
     strays are few enough for a dictionary.  So are lone numbers, at places where
-    there are too few for a Block: they are entered nowhere, and strays from the first.
+    there are too few for a Block: they are in none, and strays from the first.
     """
 
     def __init__(self) -> None:
@@ -597,29 +627,42 @@ class Ledger:
         # What _find() told of entries last met, by their hash, if all were entered.  Python keys
         # its hash of bytes anew in every run: others have the same as likely as 1 in 2**64.
         self.recent: dict[int, Known] = {}
-        self.marks = lazy_bytes(GROWTH)  # a byte for each number; see reach()
+        self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each number; see reach()
         self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
-        self.claimed: list[int] = []  # first PFNs of PRIVATE huge pages
+        self.claimed: list[int] = []  # first PFNs of ANON_EXCLUSIVE huge pages
         self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
         self._begin()
 
     def _begin(self) -> None:
-        # Of the current process: lanes in which it equals Blocks, and those it entered;
-        # strays, and those of them that are lone and new; huge pages.
+        # Of the current process: lanes in which it equals Blocks, and how many; those it
+        # entered; strays; new ones of these, which are lone; first PFNs of huge pages.
         self.own: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
         self.entered: defaultdict[Block, int] = defaultdict(int)
         self.strays: Counter[int] = Counter()
         self.lone: list[int] = []
-        self.new = 0
         self.claims: list[int] = []
 
     def mark(self, number: int) -> int:
         return self.marks[number] if number < len(self.marks) else 0
 
+    def marked(self) -> Iterator[tuple[int, bytes]]:
+        """The marks, as far as there are any: a number, and the marks from there on."""
+        for start in range(0, len(self.marks), MARKS_PART):
+            marks = self.marks[start : start + MARKS_PART]
+            if marks != UNMARKED:
+                yield start, marks
+
+    def meets(self, start: int, marks: bytes) -> bool:
+        """Whether any number that is marked in another ledger is marked here too."""
+        here = self.marks[start : start + len(marks)]
+        return bool(
+            int.from_bytes(here, "little") & int.from_bytes(marks.translate(REAL), "little")
+        )
+
     def reach(self, number: int) -> None:
         """Have marks for numbers up to this one."""
         if number >= len(self.marks):
-            self.marks.resize((number // GROWTH + 1) * GROWTH)
+            self.marks.resize((number // MARKS_GROWTH + 1) * MARKS_GROWTH)
 
     def add(
         self, words: bytes, lanes: bytes | bytearray, first: int, end: int, place: Place
@@ -654,7 +697,7 @@ class Ledger:
                 every.append((same, number))
 
     def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> Known:
-        """Where the chosen entries, from lane `at` on, were entered; what is new is now."""
+        """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
         found: list[Found] = []
         lone: list[int] = []
         complete = True
@@ -663,9 +706,9 @@ class Ledger:
         planes: list[int] = []
         while left:
             if depth == len(blocks):
-                if octets(left >> 8 * at).count(0x80) <= FEW:
+                if how_many(left >> 8 * at) <= MAX_LONE:
                     lone = self._enter_lone(words, left >> 8 * at)
-                    complete = complete and len(lone) == octets(left >> 8 * at).count(0x80)
+                    complete = complete and len(lone) == how_many(left >> 8 * at)
                     break
                 mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
                 blocks.append(Block(self.of_file.setdefault(key[0], mark)))
@@ -676,19 +719,18 @@ class Ledger:
             fresh = left & ~(same | block.known)
             if fresh:
                 new = self._enter(block.mark, words, fresh >> 8 * at)
-                self.new += octets(new).count(0x80)
                 new <<= 8 * at
                 block.enter(planes, new)
                 self.entered[block] |= new
                 complete = complete and new == fresh
                 same |= new
             if same:
-                found.append((block, same, octets(same >> 8 * at).count(0x80)))
+                found.append((block, same, how_many(same >> 8 * at)))
             left &= ~(same | fresh)
         return found, lone, complete
 
     def _enter(self, mark: int, words: bytes, lanes: int) -> int:
-        """Mark the numbers in these lanes; lanes of those that nobody had."""
+        """Mark the numbers in these lanes that nobody had, and return their lanes."""
         chosen, marks = octets(lanes), self.marks
         numbers = numbers_of(words[: len(chosen) * WORD])
         if chosen.count(0x80) < len(numbers):
@@ -718,7 +760,6 @@ class Ledger:
         new = octets(self._enter(LONE, words, lanes))
         numbers = list(compress(numbers_of(words[: len(new) * WORD]), new))
         self.lone += numbers
-        self.new += len(numbers)
         return numbers
 
     def claim(self, first: int) -> bool:
@@ -731,8 +772,9 @@ class Ledger:
         return True
 
     def commit(self) -> tuple[int, int]:
-        """End a process: how many different numbers it has, and how many nobody had before."""
-        new, astray = self.new, {n for n in self.strays if self.marks[n] != LONE}
+        """End the process: how many different numbers it has, and how many nobody had before."""
+        new = len(self.lone) + sum(map(how_many, self.entered.values()))
+        astray = {n for n in self.strays if self.marks[n] != LONE}
         distinct = len(self.strays) - len(astray)
         for block, every in self.own.items():
             for lanes, number in every:
@@ -740,7 +782,7 @@ class Ledger:
                 self.mapped[block.mark] += number
             if len(every) > 1:
                 lanes = functools.reduce(int.__or__, [lanes for lanes, _ in every])
-                number = octets(lanes).count(0x80)
+                number = how_many(lanes)
             distinct += number
             if astray:
                 astray.difference_update(block.numbers(lanes))
@@ -775,16 +817,16 @@ class Census:
         self.kernel: Any = kernel
         self.frames = Ledger()
         self.slots: defaultdict[int, Ledger] = defaultdict(Ledger)  # by swap type
-        self.private = 0  # PRIVATE frames
+        self.private = 0  # ANON_EXCLUSIVE frames
         for pfn in kernel.zero_pages if kernel else ():
             self.frames.reach(pfn)
             self.frames.marks[pfn] = UNREAL
-        # To know processes that share their memory (vfork, CLONE_VM) by: page and PFN of
-        # the first PRIVATE frame, to PID and what was counted.
-        self.witnesses: dict[tuple[int, int], tuple[int, Count]] = {}
+        # By page and PFN of a process's first ANON_EXCLUSIVE frame, where its pagemap is, and
+        # the count of any other that has the same: they share their memory (vfork, CLONE_VM).
+        self.witnesses: dict[tuple[int, int], tuple[str, Count]] = {}
 
     def process(
-        self, pid: int, reading: Reading, tell: Callable[[int], None]
+        self, reading: Reading, tell: Callable[[int], None]
     ) -> tuple[Count, Counter[bytes]]:
         """Count one process, and read its figures; tell of pages read.
 
@@ -795,17 +837,15 @@ class Census:
             for start, words in reading.chunks():
                 tell(len(words) // WORD)
                 kinds = words[FLAGS::WORD].translate(KINDS)
-                if not witness and PRIVATE in kinds:  # true of a huge page's first page, too
-                    at = kinds.index(PRIVATE)
+                if not witness and ANON_EXCLUSIVE in kinds:  # true of a huge page's first page, too
+                    at = kinds.index(ANON_EXCLUSIVE)
                     witness = start + at, numbers_of(words[at * WORD : (at + 1) * WORD])[0]
                     twin = self._twin(witness, reading)
                     if twin:
                         self.rollback()
-                        return twin._replace(
-                            new_frames=0, new_slots=0, twin=True
-                        ), reading.figures()
+                        return twin, reading.figures()
                 kinds = self._real_kinds(start, words, kinds)
-                privates = kinds.count(PRIVATE)
+                privates = kinds.count(ANON_EXCLUSIVE)
                 private += privates
                 if privates + kinds.count(NOTHING) < len(kinds):
                     self._shared(start, words, kinds, reading.files)
@@ -816,28 +856,27 @@ class Census:
         frames, new_frames = self.frames.commit()
         in_swap = [(0, 0), *(ledger.commit() for ledger in self.slots.values())]
         slots, new_slots = map(sum, zip(*in_swap))
-        result = Count(private + frames, private + new_frames, slots, new_slots, False)
         self.private += private
         if witness:
-            self.witnesses[witness] = pid, result
-        return result, figures
+            self.witnesses[witness] = reading.path, Count(private + frames, 0, slots, 0, True)
+        return Count(private + frames, private + new_frames, slots, new_slots, False), figures
 
     def rollback(self) -> None:
         for ledger in self.frames, *self.slots.values():
             ledger.rollback()
 
     def _twin(self, witness: tuple[int, int], reading: Reading) -> Count | None:
-        """What was counted for a process that has the same PRIVATE frame at this moment."""
-        pid, counted = self.witnesses.get(witness, (0, None))
+        """The count, if a process has the same ANON_EXCLUSIVE frame at this moment."""
+        path, counted = self.witnesses.get(witness, ("", None))
         if counted:
-            with contextlib.suppress(OSError), open(proc(f"{pid}/pagemap"), "rb") as pagemap:
+            with contextlib.suppress(OSError), open(path, "rb") as pagemap:
                 there = read_words(pagemap.fileno(), witness[0], 1)
                 if there and there == read_words(reading.pagemap, witness[0], 1):
-                    return counted if KINDS[there[FLAGS]] == PRIVATE else None
+                    return counted if KINDS[there[FLAGS]] == ANON_EXCLUSIVE else None
         return None
 
     def _real_kinds(self, start: int, words: bytes, kinds: bytes) -> bytes:
-        """The kinds with PRIVATE only where it is true, and the huge zero page as NOTHING.
+        """The kinds with ANON_EXCLUSIVE only where it is true, and the huge zero page as NOTHING.
 
         EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have
         its first page's bit (before 6.11, and seen again in 6.18), while others may
@@ -846,32 +885,35 @@ class Census:
         """
         for at in range(-start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
             kind = kinds[at]
-            if words[at * WORD] or kind not in (PRIVATE, SHARED, OF_FILE):
+            if words[at * WORD] or kind not in (ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE):
                 continue  # the usual case: PFNs of huge pages end in zeros
             entry = int.from_bytes(words[at * WORD : (at + 1) * WORD], "little")
             pfn = entry & NUMBER_MASK
             if pfn % PMD_PAGES or words[at * WORD : (at + PMD_PAGES) * WORD] != huge_page(entry):
                 continue
-            if kind == PRIVATE and not self.frames.claim(pfn):
-                kind = SHARED
-            elif kind != PRIVATE and self.kernel.has(pfn, KPF_ZERO_PAGE):
+            if kind == ANON_EXCLUSIVE and not self.frames.claim(pfn):
+                kind = ANON_OR_DEVICE
+            elif kind != ANON_EXCLUSIVE and self.kernel.has(pfn, KPF_ZERO_PAGE):
                 kind = NOTHING
             kinds = kinds[:at] + bytes([kind]) * PMD_PAGES + kinds[at + PMD_PAGES :]
         return kinds
 
     def _shared(self, start: int, words: bytes, kinds: bytes, files: list[FileVma]) -> None:
-        """Take in what is not PRIVATE: what is a file's by its place there, else by address."""
-        of_file, shared = (bytearray(kinds.translate(LANES_OF[k])) for k in (OF_FILE, SHARED))
+        """Take in what others may have: what is a file's by its place there, else by address."""
+        of_file = bytearray(kinds.translate(LANES_OF[FILE_PAGE]))
+        shared = bytearray(kinds.translate(LANES_OF[ANON_OR_DEVICE]))
         size = len(kinds)
         for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
             first, end, shift, file = files[i]
             if first >= start + size:
                 break
             first, end = max(first - start, 0), max(min(end - start, size), 0)
-            if kinds.find(OF_FILE, first, end) >= 0:
+            if kinds.find(FILE_PAGE, first, end) >= 0:
                 self.frames.add(words, of_file, first, end, (file, shift + start))
                 of_file[first:end] = bytes(end - first)
-            if kinds.find(SHARED, first, end) >= 0:  # the process's own copies, or a device's
+            if (
+                kinds.find(ANON_OR_DEVICE, first, end) >= 0
+            ):  # the process's own copies, or a device's
                 numbers = numbers_of(words[first * WORD : end * WORD])
                 for at, pfn in compress(enumerate(numbers, first), shared[first:end]):
                     if not (self.frames.mark(pfn) or self.kernel.has(pfn, KPF_ANON)):
@@ -892,11 +934,11 @@ class Census:
             real = (of_type & swapped).to_bytes(size, "little")
             self.slots[swap_type].add(offsets, real, 0, size, (None, start))
 
-    def alone(self, pids: list[int]) -> int:
+    def set_uss(self, pids: list[int]) -> int:
         """How many frames have in the set all the mappings that the kernel knows of.
 
         Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
-        The mappings of the processes with these PIDs are not to count: they are memuse.
+        Mappings of the processes with these PIDs, which are memuse, are taken off.
         """
         frames = self.frames
         if not self.kernel:
@@ -918,7 +960,7 @@ class Census:
             alone -= sum(mapcount > 1 for mapcount in counts[first : first + PMD_PAGES])
         for block in chain.from_iterable(frames.blocks.values()):
             if of_mark[block.mark] == frames.mapped[block.mark]:
-                alone += octets(block.known).count(0x80)  # if so together, each is
+                alone += how_many(block.known)  # if so together, each is
                 continue
             numbers = block.numbers(block.known)
             mapcounts = [counts[number] for number in numbers]
@@ -932,10 +974,9 @@ class Census:
         frames, of_mark = self.frames, [0] * 256
         many: dict[int, int] = {}
         counts = lazy_bytes(len(frames.marks))
-        for start in range(0, len(counts), PART):
-            marks = frames.marks[start : start + PART]
-            for run in MARKED.finditer(marks) if marks != UNMARKED else ():
-                first, mark = start + run.start(), run[0][0]
+        for at, marks in frames.marked():
+            for run in MARKED.finditer(marks):
+                first, mark = at + run.start(), run[0][0]
                 words = read_words(self.kernel.count, first, len(run[0]))
                 low = words[::WORD]
                 mapcounts: Sequence[int] = low
@@ -952,7 +993,7 @@ class Census:
         return counts, many, of_mark
 
     def _own_mappings(self, pids: list[int]) -> Counter[int]:
-        """How often memuse maps the set's frames itself: it is not to be outside the set."""
+        """How often memuse itself maps the set's frames: that is not outside of the set."""
         own: Counter[int] = Counter()
         frames, files = self.frames, {file for file, _ in self.frames.blocks}
         for pid in pids:
@@ -961,40 +1002,19 @@ class Census:
                     if file in files:
                         words = read_words(pagemap.fileno(), start, end - start)
                         kinds = words[FLAGS::WORD].translate(KINDS)
-                        pfns = compress(numbers_of(words), kinds.translate(LANES_OF[OF_FILE]))
+                        pfns = compress(numbers_of(words), kinds.translate(LANES_OF[FILE_PAGE]))
                         own.update(pfn for pfn in pfns if frames.mark(pfn) > CLAIMED)
         return own
 
-    def marked(self) -> Iterator[tuple[int, int, bytes]]:
-        """All marks: swap type, or -1 for frames; a number; the marks from there on."""
-        for swap_type, ledger in (-1, self.frames), *self.slots.items():
-            for start in range(0, len(ledger.marks), PART):
-                marks = ledger.marks[start : start + PART]
-                if marks != UNMARKED:
-                    yield swap_type, start, marks
-
-    def meets(self, swap_type: int, start: int, marks: bytes) -> bool:
-        """Whether any number that another census has marked is marked here too."""
-        ledger = self.slots[swap_type] if swap_type >= 0 else self.frames
-        real = marks.translate(REAL)
-        there, here = int.from_bytes(real, "little"), ledger.marks[start : start + len(marks)]
-        return bool(there & int.from_bytes(here, "little"))
-
 
 # ---- The set of processes -----------------------------------------------------
-
-
-def stat_of(pid: int) -> Stat | None:
-    with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
-        return parse_stat(read_file(proc(f"{pid}/stat")))
-    return None
 
 
 def process_tree(roots: list[int]) -> list[Node]:
     """The processes with these PIDs and their descendants, depth first, siblings by PID.
 
     From one pass over all processes: psutil's children(recursive=True) loses those
-    whose parent exits between its two, and takes longer.  Error if a root is not there.
+    whose parent exits between its two passes, and takes longer.  Error if a root is not there.
     """
     stats: dict[int, Stat] = {}
     children = defaultdict(list)
@@ -1021,211 +1041,6 @@ def process_tree(roots: list[int]) -> list[Node]:
     return list(walk([(root, 0) for root in reversed(tops)]).values())
 
 
-COMMAND_LIMIT = 1 << 17  # bytes: a process can claim any of its memory to be arguments
-
-
-def command_line(cmdline: bytes, name: bytes) -> str:
-    """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
-    line = cmdline[:COMMAND_LIMIT].rstrip(b"\0").replace(b"\0", b" ")
-    line = line if line.strip() else b"[%s]" % name
-    shown = visible(line.decode("utf-8", "surrogateescape"))
-    return shown + "..." if len(cmdline) > COMMAND_LIMIT else shown
-
-
-def visible(text: str) -> str:
-    """The text with what a terminal might obey, or not show, written as escapes."""
-    if text.isprintable():
-        return text
-    # A byte that is not UTF-8 stands in it as a surrogate (PEP 383).
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def plural(number: int) -> str:
-    return f"{number} process{'' if number == 1 else 'es'}"
-
-
-# The processes, then all together; PIDs left out, and why; how many exited.
-Report = namedtuple("Report", "rows total skipped exited")
-
-
-LARGE = 1 << 17  # pages, beyond SMALL in each process, for which a second of memuse pays
-
-
-def measure(
-    roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Callable[[str], None]
-) -> Report:
-    """Count the processes with these PIDs and their descendants, as one set.
-
-    Error if a root is not there, or ends before it is read.
-    """
-    nodes = process_tree(roots)
-    job = Job(nodes, wanted, kernel, None, {node.pid for node in nodes})
-
-    def tell(done: int, pages: int) -> None:
-        progress(f"{done} of {len(nodes)} processes, {pages} pages")
-
-    # What is worth it: many small processes are not.
-    pages = sum(node.stat.rss - SMALL for node in nodes if node.stat.rss)
-    result = None
-    if pages > LARGE and len(os.sched_getaffinity(0)) > 1:
-        with contextlib.suppress(Unfit):
-            result = count_in_two(job, tell)
-    outcomes, alone = result or count_in_one(job, tell)
-    rows = [outcome for outcome in outcomes if isinstance(outcome, dict)]
-    skipped, exited = {}, 0
-    for node, outcome in zip(nodes, outcomes):
-        if isinstance(outcome, str):
-            skipped[node.pid] = outcome
-        elif outcome is None:
-            if node.pid in roots:
-                raise Error(f"process {node.pid} exited while it was being read")
-            exited += 1
-    total: Row = {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
-    total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
-    total |= {"swap": sum(row["new_slots"] for row in rows) * PAGE_SIZE}
-    total |= {"command": plural(len(rows))}
-    if kernel and "uss" in wanted:
-        total["uss"] = alone * PAGE_SIZE
-    return Report(rows, total, skipped, exited)
-
-
-def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
-    """What becomes of each process; Unfit if one vanishes of which not all is to be read."""
-    census, pages = Census(job.kernel), 0
-    outcomes: list[Outcome] = []
-
-    def read(more: int = 0) -> None:
-        nonlocal pages
-        pages += more
-        tell(len(outcomes), pages)
-
-    for node in job.nodes:
-        read()
-        outcome: Outcome = "it changed whenever it was read"
-        for _ in range(3):
-            try:
-                with Reading(node, job) as reading:
-                    counted, kib = census.process(node.pid, reading, read)
-                outcome = row_of(node, reading, counted, kib)
-                break
-            except VANISHED:
-                if job.stripes is not None:
-                    raise Unfit from None
-                stat = stat_of(node.pid)
-                if not stat or stat.started != node.stat.started:
-                    outcome = None
-                    break
-                node = node._replace(stat=stat)
-            except (OSError, psutil.AccessDenied) as error:
-                outcome = os.strerror(getattr(error, "errno", None) or errno.EACCES)
-                break
-        outcomes.append(outcome)
-    return census, outcomes
-
-
-def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
-    """What becomes of each process; how many frames only the set maps, if wanted."""
-    census, outcomes = count_each(job, tell)
-    return outcomes, census.alone([own_pid()]) if "uss" in job.wanted else 0
-
-
-def shares_of(job: Job) -> list[Job]:
-    """Two that take about as long: figures cost what entries do, but not by stripes."""
-    pids: tuple[set[int], set[int]] = set(), set()
-    pages = [0, 0]
-    for node in job.nodes if job.wanted & FROM_SMAPS else ():
-        which = pages[1] <= pages[0]
-        pids[which].add(node.pid)
-        pages[which] += node.stat.rss
-    ahead = (pages[1] - pages[0]) / (sum(pages) or 1)
-    middle = min(round(len(ALL) * (1 + ahead) / 2), len(ALL) - 1)
-    shares = (ALL[:middle], pids[0]), (ALL[middle:], pids[1])
-    return [job._replace(stripes=stripes, pids=whose) for stripes, whose in shares]
-
-
-SUMS = "frames", "unique", "size", "rss", "pss", "uss", "swap", "new_slots"
-
-
-class Unfit(Exception):
-    """The shares do not make a whole."""
-
-
-def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
-    """The same by two processes, since threads would wait for the interpreter's lock.
-
-    Each counts some STRIPEs of all files and, for what is no file's, of the address space,
-    so that what is shared is mostly met by one alone.  Then all figures are sums.  Unfit if
-    a number is marked by both, as with KSM or after mremap; if a process vanishes, which
-    one may have counted; or if the other process fails.
-    """
-    ours, theirs = shares_of(job)
-    first = own_pid()
-    pages = memoryview(mmap.mmap(-1, PAGE_SIZE)).cast("Q")  # shared: how many the other read
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, there is nothing to wait for
-    answer, end = os.pipe()
-    try:
-        other = os.fork()
-    except OSError:
-        raise Unfit from None
-    if not other:
-        os.close(answer)
-        count_theirs(theirs, pages, first, end)
-    os.close(end)
-
-    def tell_both(done: int, own: int) -> None:
-        tell(done, own + pages[0])
-        if os.waitid(os.P_PID, other, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            raise Unfit
-
-    try:
-        with open(answer, "rb") as file:
-            census, outcomes = count_each(ours, tell_both)
-            second = marshal.load(file)
-            alone = census.alone([first, second]) if "uss" in job.wanted else 0
-            others, others_alone = marshal.load(file)
-            for marks in iter(functools.partial(marshal.load, file), None):
-                if census.meets(*marks):
-                    raise Unfit
-    except (EOFError, TypeError, ValueError, *VANISHED):  # the other process ended
-        raise Unfit from None
-    finally:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
-    for one, another in zip(outcomes, others):
-        if isinstance(one, dict) and isinstance(another, dict) and one["twin"] == another["twin"]:
-            one.update({name: one[name] + another[name] for name in SUMS})
-        elif one != another:
-            raise Unfit
-    return outcomes, alone + others_alone
-
-
-def count_theirs(job: Job, pages: memoryview, first: int, end: int) -> NoReturn:
-    """What the second process does, until it is killed; it ends early if something goes wrong."""
-    try:
-        parent = os.getppid()
-
-        def tell(_: int, own: int) -> None:
-            pages[0] = own
-            if os.getppid() != parent:
-                os._exit(1)
-
-        with open(end, "wb") as file:
-            second = own_pid()
-            marshal.dump(second, file)
-            file.flush()
-            census, outcomes = count_each(job, tell)
-            alone = census.alone([first, second]) if "uss" in job.wanted else 0
-            marshal.dump((outcomes, alone), file)
-            for marks in census.marked():
-                marshal.dump(marks, file)
-            marshal.dump(None, file)
-        while os.getppid() == parent:  # what it maps is to stay the same, as long as that counts
-            time.sleep(0.1)
-    finally:
-        os._exit(1)
-
-
 def row_of(node: Node, reading: Reading, counted: Count, kib: Counter[bytes]) -> Row:
     return {
         "pid": node.pid,
@@ -1245,6 +1060,187 @@ def row_of(node: Node, reading: Reading, counted: Count, kib: Counter[bytes]) ->
     }
 
 
+def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
+    """What becomes of each process; Unfit if one changes of which the job is only a part."""
+    census, pages = Census(job.kernel), 0
+    outcomes: list[Outcome] = []
+
+    def read(more: int = 0) -> None:
+        nonlocal pages
+        pages += more
+        tell(len(outcomes), pages)
+
+    for node in job.nodes:
+        read()
+        outcome: Outcome = "it changed whenever it was read"
+        for _ in range(3):
+            try:
+                with contextlib.ExitStack() as opened:
+                    reading = Reading(node, job, opened)
+                    counted, kib = census.process(reading, read)
+                outcome = row_of(node, reading, counted, kib)
+                break
+            except VANISHED:
+                stat = stat_of(node.pid)
+                if not stat or stat.started != node.stat.started:
+                    outcome = None
+                    break
+                if job.stripes is not None:  # for the other part, it may have been read before
+                    raise Unfit from None
+                node = node._replace(stat=stat)
+            except (OSError, psutil.AccessDenied) as error:
+                outcome = os.strerror(getattr(error, "errno", None) or errno.EACCES)
+                break
+        outcomes.append(outcome)
+    return census, outcomes
+
+
+def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
+    """What becomes of each process; how many frames only the set maps, if wanted."""
+    census, outcomes = count_each(job, tell)
+    return outcomes, census.set_uss([own_pid()]) if "uss" in job.columns else 0
+
+
+# ---- Counting by two processes ------------------------------------------------
+
+# A second process takes less time from so many pages on, beyond those in each process that take
+# as long to read as its files to open, which both have to do.
+FORK_FROM, OPENING = 1 << 17, 1 << 13
+# What is a sum of the two parts, in a row.
+SUMS = "frames", "unique", "size", "rss", "pss", "uss", "swap", "new_slots"
+
+
+def shares_of(job: Job) -> list[Job]:
+    """Two jobs that take about as long.
+
+    For a page, smaps takes about what pagemap does, but cannot be read by stripes.
+    """
+    pids: tuple[set[int], set[int]] = set(), set()
+    pages = [0, 0]
+    for node in job.nodes if job.columns & FROM_SMAPS else ():
+        which = pages[1] <= pages[0]
+        pids[which].add(node.pid)
+        pages[which] += node.stat.rss
+    ahead = (pages[1] - pages[0]) / (sum(pages) or 1)
+    middle = round(len(STRIPES) * (1 + ahead) / 2)
+    shares = (STRIPES[:middle], pids[0]), (STRIPES[middle:], pids[1])
+    return [job._replace(stripes=stripes, smaps_of=whose) for stripes, whose in shares]
+
+
+def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
+    """As count_in_one(), by two processes that do not share an interpreter's lock.
+
+    Each counts its stripes of every process, so that a frame, however many share it, is
+    met by one of them only, and all figures are sums.  Unfit if a number is marked by both,
+    as with KSM or after mremap; if a process changed meanwhile; or if the second fails.
+    """
+    ours, theirs = shares_of(job)
+    first = own_pid()
+    pages = memoryview(mmap.mmap(-1, PAGE_SIZE)).cast("Q")  # shared: how many the other read
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, there is nothing to wait for
+    try:
+        answer, end = os.pipe()
+        other = os.fork()
+    except OSError:
+        raise Unfit from None
+    if not other:
+        os.close(answer)
+        second_process(theirs, pages, first, end)
+    os.close(end)
+
+    def tell_both(done: int, own: int) -> None:
+        tell(done, own + pages[0])
+        if os.waitid(os.P_PID, other, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            raise Unfit
+
+    try:
+        with open(answer, "rb") as file:
+            census, outcomes = count_each(ours, tell_both)
+            second = marshal.load(file)
+            alone = census.set_uss([first, second]) if "uss" in job.columns else 0
+            others, others_alone = marshal.load(file)
+            for swap_type, start, marks in iter(functools.partial(marshal.load, file), None):
+                ledger = census.frames if swap_type is None else census.slots[swap_type]
+                if ledger.meets(start, marks):
+                    raise Unfit
+    except (EOFError, TypeError, ValueError, *VANISHED):  # the other process ended
+        raise Unfit from None
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    for one, another in zip(outcomes, others):
+        if isinstance(one, dict) and isinstance(another, dict) and one["twin"] == another["twin"]:
+            one.update({name: one[name] + another[name] for name in SUMS})
+        elif one != another:
+            raise Unfit
+    return outcomes, alone + others_alone
+
+
+def second_process(job: Job, pages: memoryview, first: int, end: int) -> NoReturn:
+    """What the second process does, until it is killed; it ends early if something goes wrong."""
+    try:
+        first_ended = select.poll()
+        first_ended.register(end, 0)  # the other end of the pipe closes with it
+
+        def tell(_: int, own: int) -> None:
+            pages[0] = own
+            if first_ended.poll(0):
+                os._exit(1)
+
+        with open(end, "wb") as file:
+            second = own_pid()
+            marshal.dump(second, file)
+            file.flush()
+            census, outcomes = count_each(job, tell)
+            alone = census.set_uss([first, second]) if "uss" in job.columns else 0
+            marshal.dump((outcomes, alone), file)
+            for swap_type, ledger in (None, census.frames), *census.slots.items():
+                for start, marks in ledger.marked():
+                    marshal.dump((swap_type, start, marks), file)
+            marshal.dump(None, file)
+            file.flush()
+            first_ended.poll()  # until then, what is mapped here is to stay the same
+    finally:
+        os._exit(1)
+
+
+# The processes, then all together; PIDs left out, and why; how many exited.
+Report = namedtuple("Report", "rows total skipped exited")
+
+
+def measure(
+    roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Callable[[str], None]
+) -> Report:
+    """Count the processes with these PIDs and their descendants, as one set.
+
+    Error if a root is not there, or ends before it is read.
+    """
+    nodes = process_tree(roots)
+    job = Job(nodes, wanted, kernel, None, {node.pid for node in nodes})
+
+    def tell(done: int, pages: int) -> None:
+        progress(f"{done} of {len(nodes)} processes, {pages} pages")
+
+    pages = sum(node.stat.rss - OPENING for node in nodes if node.stat.rss)
+    result = None
+    if pages > FORK_FROM and len(os.sched_getaffinity(0)) > 1:
+        with contextlib.suppress(Unfit):
+            result = count_in_two(job, tell)
+    outcomes, alone = result or count_in_one(job, tell)
+    for node, outcome in zip(nodes, outcomes):
+        if outcome is None and node.pid in roots:
+            raise Error(f"process {node.pid} exited while it was being read")
+    rows = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+    skipped = {node.pid: why for node, why in zip(nodes, outcomes) if isinstance(why, str)}
+    total: Row = {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
+    total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
+    total |= {"swap": sum(row["new_slots"] for row in rows) * PAGE_SIZE}
+    total |= {"command": plural(len(rows))}
+    if kernel and "uss" in wanted:
+        total["uss"] = alone * PAGE_SIZE
+    return Report(rows, total, skipped, outcomes.count(None))
+
+
 # ---- Output -------------------------------------------------------------------
 
 COLUMNS = {
@@ -1260,6 +1256,7 @@ COLUMNS = {
     "swap": ("SWAP", "distinct swap slots as memory"),
     "command": ("COMMAND", "command line, drawn as a tree"),
 }
+FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
 SIZES, TEXTS = {"size", "rss", "uss", "pss", "swap"}, {"user", "command"}
 IN_TABLE = "pid,frames,unique,size,uss,pss,swap,command"
 IN_JSON = "pid,ppid,depth,frames,unique,size,rss,pss,uss,swap,command"
@@ -1271,6 +1268,10 @@ def human(size: int) -> str:
     while round(value) >= 1024:
         value, power = value / 1024, power + 1
     return f"{value:.{int(power > 0 and round(value, 1) < 10)}f}{' KMGTPE'[power].strip()}"
+
+
+def plural(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"
 
 
 def kibibytes(size: int) -> str:
@@ -1369,7 +1370,7 @@ class Progress:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"memuse: {visible(message)}; see memuse --help\n")
+        self.exit(2, f"memuse: {escaped(message)}; see memuse --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write(message, sys.stderr if file is sys.stderr else sys.stdout)
@@ -1456,7 +1457,9 @@ def main(argv: list[str] | None = None) -> int:
             os.write(2, b"\r\033[K")
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as it is for what a script runs in the background
+        signal.signal(signal.SIGINT, interrupt)
     try:
         report, text = run(parse_args(argv), progress)
         progress.clear()
@@ -1465,13 +1468,14 @@ def main(argv: list[str] | None = None) -> int:
         if report.exited:
             messages.append(f"{plural(report.exited)} exited while being read")
         status = 1 if report.skipped else 0
-    except (MemoryError, ImportError):  # a module cannot be mapped
-        give_up()
     except Error as error:
         messages.append(str(error))
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
-            give_up()
+    except (MemoryError, ImportError, OSError) as error:
+        if not isinstance(error, OSError) or error.errno == errno.ENOMEM:
+            # At once: there is no memory for anything else, not even to map a module.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\r\033[K" * os.isatty(2) + b"memuse: there is not enough memory\n")
+            os._exit(1)
         where = os.fsdecode(error.filename) if error.filename else "reading"
         messages.append(f"{where}: {error.strerror}")
     finally:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable
@@ -31,18 +31,20 @@ def memuse(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def simulated(change: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def simulated(
+    change: str, *arguments: object, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run memuse in an interpreter in which something was changed before."""
     code = f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{change}\n"
     code += "sys.argv[0] = 'memuse.py'\nimport memuse\nraise SystemExit(memuse.main())"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 # Two processes of memuse, whatever the size, with the smallest stripes.
 IN_TWO = """
 import memuse
-memuse.LARGE, memuse.STRIPE, memuse.ALL = -1 << 60, memuse.PMD_PAGES, range(2)
+memuse.FORK_FROM, memuse.STRIPE, memuse.STRIPES = -1 << 60, memuse.PMD_PAGES, range(2)
 os.sched_getaffinity = lambda pid: {0, 1}
 """
 # An error, should these not make a whole.

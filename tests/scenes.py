@@ -192,6 +192,12 @@ def huge() -> None:
     write(memory, [*range(2048, 2060), 2560], 2)
 
 
+def lopsided() -> None:
+    """A small process, and a child with nearly all of the memory."""
+    memory = map_memory(64 * MIB)
+    fork(lambda: write(memory, range(16000)))
+
+
 def huge_misplaced() -> None:
     """Huge pages of a private /dev/zero that begin elsewhere than at a huge page of the file."""
     fd = os.open("/dev/zero", os.O_RDWR)
@@ -282,6 +288,23 @@ def shared() -> None:
     at = map_memory(8 * MIB, prot=0)
     fork(lambda: touch(memory, range(500, 1300, 2)))
     fork(mover)
+
+
+def windows() -> None:
+    """A file of which each process maps another part, and elsewhere."""
+    with tempfile.TemporaryFile() as file:
+        file.write(os.urandom(8 * MIB))
+        file.flush()
+
+        def window(offset: int) -> None:
+            size = 8 * MIB - offset
+            touch(
+                map_memory(size, mmap.MAP_SHARED, file.fileno(), offset=offset), range(size // PAGE)
+            )
+
+        window(0)
+        fork(lambda: window(2 * MIB))
+        fork(lambda: window(3 * MIB))
 
 
 def scattered() -> None:

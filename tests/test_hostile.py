@@ -506,6 +506,32 @@ def gone(stderr: str) -> set[int]:
     return set(range(-sum(counts), 0))
 
 
+# After some pages of its, a process is gone, and PAGEMAP_SCAN finds nothing more.
+GONE = """
+import memuse, time
+memuse.READ_WHOLE, looks = 0, []
+def look(pagemap, start, end):
+    if os.readlink(f"/proc/self/fd/{{pagemap}}") == "/proc/{pid}/pagemap":
+        looks.append(start)
+        if len(looks) > 1:
+            os.kill({pid}, 9)
+            time.sleep(0.2)
+            return end
+    return start
+memuse.next_resident = look
+"""
+
+
+def test_a_process_that_is_gone_without_an_error() -> None:
+    with ready(TREE, 1) as process:
+        (child,) = psutil.Process(process.pid).children()
+        columns = "pid,frames,command"
+        result = simulated(GONE.format(pid=child.pid), "--json", "-o", columns, process.pid)
+        rows = json.loads(result.stdout)["processes"]
+    assert [row["pid"] for row in rows] == [process.pid, child.pid]
+    assert rows[1]["frames"] == 0  # a zombie
+
+
 CHAIN = """
 import os, sys
 if os.fork() == 0:
@@ -787,15 +813,15 @@ def test_too_little_memory_is_told_in_one_line(mib: int, scene: Build) -> None:
 
 # What may befall one of two processes of memuse: the second, or the first.
 BEFALLEN = """
-count_theirs, count_each = memuse.count_theirs, memuse.count_each
+second_process, count_each = memuse.second_process, memuse.count_each
 def fail(*_):
     {how}
 def second(*arguments):
     memuse.count_each = count_each
     fail.once = {when}
     {when} = fail
-    count_theirs(*arguments)
-memuse.count_theirs = second
+    second_process(*arguments)
+memuse.second_process = second
 """
 FIRST_BEFALLEN = """
 count_each = memuse.count_each
@@ -846,12 +872,33 @@ def test_a_second_process_that_is_of_no_use(change: str) -> None:
     check_befallen(change)
 
 
-def test_a_second_process_ends_with_the_first() -> None:
-    die = "def die(*a):\n print(a[1], flush=True)\n os.kill(os.getpid(), 9)\nos.waitid = die"
-    with ready(FORK_SCENE, 2) as process:
-        result = simulated(IN_TWO + die, process.pid)
+# The first process dies: when it has only begun, or waits for what the second has to tell.
+DIE_EARLY = """
+def die(kind, pid, *_):
+    print(pid, flush=True)
+    os.kill(os.getpid(), 9)
+os.waitid = die
+"""
+DIE_LATE = """
+import time
+load = memuse.marshal.load
+def die(file):
+    print(load(file), flush=True)
+    time.sleep(0.5)
+    os.kill(os.getpid(), 9)
+memuse.marshal.load = die
+"""
+
+
+# In a namespace of PIDs of its own, the second process is the first there, and has no parent.
+@pytest.mark.parametrize("prefix", [[], ["unshare", "--pid"]])
+@pytest.mark.parametrize("die", [DIE_EARLY, DIE_LATE])
+def test_a_second_process_ends_with_the_first(die: str, prefix: list[str], scene: Build) -> None:
+    began = time.monotonic()
+    result = simulated(IN_TWO + die, scene("plain").pid, prefix=prefix)
     assert result.returncode == -9
     wait_for(lambda: not psutil.pid_exists(int(result.stdout)))
+    assert time.monotonic() - began < 20  # the second has the first's stdout
 
 
 def interrupted_early(stderr: str) -> bool:
@@ -893,6 +940,20 @@ def test_interrupted_at_any_moment() -> None:
                 assert stderr == "", stderr
                 assert run.returncode in {0, 130, -signal.SIGINT}
     assert 130 in statuses or -signal.SIGINT in statuses
+
+
+def test_interrupts_that_are_ignored() -> None:
+    """As a shell has them ignored by what it runs in the background for a script."""
+    with ready(FORK_SCENE, 6) as process:
+        with subprocess.Popen(
+            [*MEMUSE, str(process.pid)],
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        ) as run:
+            while run.poll() is None:
+                run.send_signal(signal.SIGINT)
+                time.sleep(0.001)
+        assert run.returncode == 0
 
 
 def test_interrupted_in_every_phase() -> None:
@@ -1460,12 +1521,12 @@ def test_any_entries_are_counted_as_sets_would(
             more: list[Area] = [(False, 0, [("private", 9, 0)])] if i in torn else []
             made_up.add([*content, *more], torn=i in torn)
         with entered(made_up), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tool, "LONG", portion)
-            patch.setattr(tool, "FEW", few)
+            patch.setattr(tool, "MAX_READ", portion)
+            patch.setattr(tool, "MAX_LONE", few)
             if in_two:
-                patch.setattr(tool, "LARGE", -1 << 60)
+                patch.setattr(tool, "FORK_FROM", -1 << 60)
                 patch.setattr(tool, "STRIPE", tool.PMD_PAGES)
-                patch.setattr(tool, "ALL", range(2))
+                patch.setattr(tool, "STRIPES", range(2))
                 patch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
             check_made_up(made_up, torn)
 

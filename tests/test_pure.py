@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -43,6 +46,51 @@ def test_mappings_go_on_where_addresses_and_places_in_files_do() -> None:
         (0x7F0000004, 0x7F0000005, -0x7F0000004, b"[anon_shmem:a b]"),
         (0x7FFD00000, 0x7FFD00002, -0x7FFD00000, b"[vvar]"),
     ]
+
+
+# Pages before a mapping, and in it; of what file, from which page on, and privately or not.
+mappings = st.tuples(
+    st.just(0) | st.integers(0, 900),
+    st.integers(1, 100) | st.integers(1, 3000),
+    st.sampled_from([b"00:00 0", b"fe:00 12 /file", b"00:01 7 /dev/zero"]),
+    st.integers(0, 3000),
+    st.sampled_from([b"rw-p", b"rw-s"]),
+)
+
+
+@given(st.lists(mappings, min_size=1, max_size=8), st.integers(0, 4))
+def test_two_shares_have_every_page_once(made: list[Any], middle: int) -> None:
+    lines, at, mapped = [], 1000, []
+    for gap, pages, file, offset, rights in made:
+        at += gap
+        mapped += range(at, at + pages)
+        span = b"%x-%x" % (at * memuse.PAGE_SIZE, (at + pages) * memuse.PAGE_SIZE)
+        lines.append(b"%s %s %x %s\n" % (span, rights, offset * memuse.PAGE_SIZE, file))
+        at += pages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memuse, "STRIPE", memuse.PMD_PAGES)
+        patch.setattr(memuse, "STRIPES", range(4))
+        read: Counter[int] = Counter()
+        for stripes in (memuse.STRIPES[:middle], memuse.STRIPES[middle:]):
+            areas, _ = memuse.parse_maps(b"".join(lines), stripes)
+            for start, end in memuse.spans_of(areas, stripes, -1, scan=False):
+                read.update(range(start, end))
+    assert {read[page] for page in mapped} == {1}
+
+
+@pytest.mark.parametrize("rss", [[1], [0, 0], [5, 1000], [1000, 5], [1, 2, 900, 1], [7] * 9])
+@pytest.mark.parametrize("columns", [{"frames"}, {"frames", "rss"}])
+def test_shares_have_all_stripes_and_processes_once(rss: list[int], columns: set[str]) -> None:
+    stat = memuse.parse_stat(Path("/proc/self/stat").read_bytes())
+    nodes = [memuse.Node(pid, stat._replace(rss=pages), 0) for pid, pages in enumerate(rss)]
+    pids = set(range(len(rss)))
+    first, second = memuse.shares_of(memuse.Job(nodes, columns, None, None, pids))
+    assert sorted([*first.stripes, *second.stripes]) == list(memuse.STRIPES)
+    assert not first.smaps_of & second.smaps_of
+    if "rss" in columns:
+        assert first.smaps_of | second.smaps_of == pids
+    elif len(rss) > 1:
+        assert len(first.stripes) == len(second.stripes)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +139,11 @@ def test_stat_of_a_process_with_an_evil_name() -> None:
     ("flags", "kind"),
     [
         (0b0000_0000, memuse.NOTHING),
-        (0b1000_0001, memuse.PRIVATE),
-        (0b1000_0011, memuse.PRIVATE),  # write-protected by userfaultfd
-        (0b1000_0000, memuse.SHARED),
-        (0b1010_0000, memuse.OF_FILE),
-        (0b1010_0001, memuse.OF_FILE),
+        (0b1000_0001, memuse.ANON_EXCLUSIVE),
+        (0b1000_0011, memuse.ANON_EXCLUSIVE),  # write-protected by userfaultfd
+        (0b1000_0000, memuse.ANON_OR_DEVICE),
+        (0b1010_0000, memuse.FILE_PAGE),
+        (0b1010_0001, memuse.FILE_PAGE),
         (0b0100_0000, memuse.IN_SWAP),
         (0b0110_0000, memuse.IN_SWAP),
         (0b0100_0100, memuse.NOTHING),  # a guard region
@@ -148,7 +196,7 @@ def test_tree_lines() -> None:
 
 @given(st.text())
 def test_visible_text_is_printable_and_one_line(text: str) -> None:
-    shown = memuse.visible(text)
+    shown = memuse.escaped(text)
     assert shown.isprintable()
     assert len(shown.splitlines()) <= 1
     if text.isprintable():
@@ -159,7 +207,7 @@ def test_visible_text_is_printable_and_one_line(text: str) -> None:
 def test_visible_shows_what_was_there() -> None:
     hostile = "a\x1b[2J\n\x9b\u202e\u200b\u2028\udcff\U000e0001\u00e9"
     shown = "a\\x1b[2J\\n\\x9b\\u202e\\u200b\\u2028\\xff\\U000e0001\u00e9"
-    assert memuse.visible(hostile) == shown
+    assert memuse.escaped(hostile) == shown
 
 
 @given(st.text(st.characters(exclude_categories=["C"])), st.integers(1, 30))

@@ -62,6 +62,7 @@ def compare_parts(pid: int) -> dict[str, Any]:
 
 SCENES = {
     "plain": 701,
+    "lopsided": 16000,
     "forked": 1499 + 99 + 83 // 2 + 200,
     "generations": 900 + 1000,
     "crowd": 17,
@@ -69,6 +70,7 @@ SCENES = {
     "file_twice": 768 + 60 + 20,
     "misnamed": 256 + 50,
     "shared": 1000,
+    "windows": 2048,
     "scattered": 38 + 2048 + 164 + 55,
     "moved": 1200,
     "guarded": 200,
@@ -86,7 +88,7 @@ def test_scene(name: str, scene: Build) -> None:
     assert report["total"]["frames"] >= SCENES[name]
 
 
-@pytest.mark.parametrize("name", ["plain", "forked", "generations", "shared"])
+@pytest.mark.parametrize("name", ["plain", "forked", "generations", "shared", "windows"])
 def test_two_processes_make_a_whole(name: str, scene: Build) -> None:
     """That they are not merely tried before one is."""
     result = simulated(NOT_IN_ONE, "--json", scene(name).pid)
