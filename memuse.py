@@ -944,12 +944,14 @@ class Census:
         if not self.kernel:
             return 0
         own = self._own_mappings(pids)
+        counts, many, of_mark = self._mapcounts()
         for _ in range(3):
-            before = own
-            counts, many, of_mark = self._mapcounts()
-            own = self._own_mappings(pids)
+            before, own = own, self._own_mappings(pids)
             if own == before:
-                break  # else code that ran for the first time was mapped meanwhile
+                break
+            for number in (own - before) + (before - own):  # code that ran for the first time
+                (mapcount,) = unpack(read_words(self.kernel.count, number, 1))
+                counts[number], many[number] = min(mapcount, MANY), mapcount
         alone = self.private
         # What is left when mappings that no Block knows of, and memuse's own, are taken off:
         for number, times in (frames.astray + own).items():
