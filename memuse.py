@@ -685,7 +685,7 @@ class Ledger:
             found, lone, complete = known
             if complete:
                 self.recent[content] = known  # now the last to go
-                if len(self.recent) > RECENT:
+                if len(self.recent) > min(2 * len(self.blocks), RECENT):
                     del self.recent[next(iter(self.recent))]
             if lone:
                 self.strays.update(lone)
