@@ -501,7 +501,7 @@ MARKS_GROWTH = 1 << 20  # so many marks are added at a time
 MARKS_PART = 1 << 12  # so many are looked through in one go
 UNMARKED = bytes(MARKS_PART)
 REAL = bytes([0, 0]) + b"\xff" * 254  # for bytes.translate: marks but UNREAL to all bits
-MARKED = re.compile(rb"[^\0]+(?:\0{1,64}[^\0]+)*")  # PFNs whose kpagecount to read in one call
+GAP = bytes(64)  # numbers without a mark; fewer cost less to read over than another call
 MANY = 255  # mapcounts from here on do not fit in a byte
 
 
@@ -646,18 +646,19 @@ class Ledger:
         return self.marks[number] if number < len(self.marks) else 0
 
     def marked(self) -> Iterator[tuple[int, bytes]]:
-        """The marks, as far as there are any: a number, and the marks from there on."""
+        """Runs of marked numbers, a GAP or more apart: the first, and the marks from there on."""
         for start in range(0, len(self.marks), MARKS_PART):
-            marks = self.marks[start : start + MARKS_PART]
-            if marks != UNMARKED:
-                yield start, marks
+            marks, at = self.marks[start : start + MARKS_PART], start
+            for piece in marks.split(GAP) if marks != UNMARKED else ():
+                run = piece.lstrip(b"\0")
+                if run:
+                    yield at + len(piece) - len(run), run.rstrip(b"\0")
+                at += len(piece) + len(GAP)
 
     def meets(self, start: int, marks: bytes) -> bool:
         """Whether any number that is marked in another ledger is marked here too."""
-        here = self.marks[start : start + len(marks)]
-        return bool(
-            int.from_bytes(here, "little") & int.from_bytes(marks.translate(REAL), "little")
-        )
+        here, there = self.marks[start : start + len(marks)], marks.translate(REAL)
+        return bool(int.from_bytes(here, "little") & int.from_bytes(there, "little"))
 
     def reach(self, number: int) -> None:
         """Have marks for numbers up to this one."""
@@ -976,22 +977,20 @@ class Census:
         frames, of_mark = self.frames, [0] * 256
         many: dict[int, int] = {}
         counts = lazy_bytes(len(frames.marks))
-        for at, marks in frames.marked():
-            for run in MARKED.finditer(marks):
-                first, mark = at + run.start(), run[0][0]
-                words = read_words(self.kernel.count, first, len(run[0]))
-                low = words[::WORD]
-                mapcounts: Sequence[int] = low
-                if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
-                    mapcounts = unpack(words)
-                    low = bytes(min(mapcount, MANY) for mapcount in mapcounts)
-                    many.update((pfn, n) for pfn, n in enumerate(mapcounts, first) if n >= MANY)
-                counts[first : first + len(low)] = low
-                if run[0].count(mark) == len(low):
-                    of_mark[mark] += sum(mapcounts)
-                    continue
-                for mark in {*run[0]} - {0}:
-                    of_mark[mark] += sum(compress(mapcounts, run[0].translate(LANES_OF[mark])))
+        for first, marks in frames.marked():
+            words = read_words(self.kernel.count, first, len(marks))
+            low = words[::WORD]
+            mapcounts: Sequence[int] = low
+            if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
+                mapcounts = unpack(words)
+                low = bytes(min(mapcount, MANY) for mapcount in mapcounts)
+                many.update((pfn, n) for pfn, n in enumerate(mapcounts, first) if n >= MANY)
+            counts[first : first + len(low)] = low
+            if marks.count(marks[0]) == len(low):
+                of_mark[marks[0]] += sum(mapcounts)
+                continue
+            for mark in {*marks} - {0}:
+                of_mark[mark] += sum(compress(mapcounts, marks.translate(LANES_OF[mark])))
         return counts, many, of_mark
 
     def _own_mappings(self, pids: list[int]) -> Counter[int]:
