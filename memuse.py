@@ -179,13 +179,14 @@ def parse_maps(maps: bytes, stripes: range | None = None) -> tuple[list[Area], l
     areas: list[Area] = []
     files: list[FileVma] = []
     before: tuple[int, bytes | None] = 0, None
-    edge = -HOLE  # where an area ends that may go on
+    edge, end, last_high = -HOLE, 0, b""  # edge: where an area ends that may go on
     found = MAPPING.findall(maps)
     try:
         if len(found) != maps.count(b"\n"):
             raise ValueError
         for low, high, rest in found:
-            start, end = int(low, 16) // PAGE_SIZE, int(high, 16) // PAGE_SIZE
+            start = end if low == last_high else int(low, 16) // PAGE_SIZE
+            end, last_high = int(high, 16) // PAGE_SIZE, high
             if start >= VSYSCALL:
                 break
             offset, file = parse_mapping(rest)
@@ -392,9 +393,9 @@ class Reading:
     calls exec, or its PID is used anew, there is nothing more in them.
     """
 
-    def __init__(self, node: Node, job: Job, opened: contextlib.ExitStack) -> None:
+    def __init__(self, node: Node, job: Job, opened: list[int]) -> None:
         """Page tables if the job has a kernel, and figures if any of FROM_SMAPS are wanted."""
-        self._opened = opened  # it closes the files
+        self._opened = opened  # for the caller to close
         self.files: list[FileVma] = []
         self.spans: Iterable[Span] = ()
         self._smaps: int | None = None
@@ -422,9 +423,8 @@ class Reading:
             raise ProcessLookupError
 
     def _open(self, name: str, directory: int | None = None) -> int:
-        fd = os.open(name, os.O_RDONLY, dir_fd=directory)
-        self._opened.callback(os.close, fd)
-        return fd
+        self._opened.append(os.open(name, os.O_RDONLY, dir_fd=directory))
+        return self._opened[-1]
 
     def _alive(self, stat: Stat, directory: int) -> str | None:
         """Where the files about its memory are: if its first thread has ended, by another."""
@@ -1065,6 +1065,7 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
     """What becomes of each process; Unfit if one changes of which the job is only a part."""
     census, pages = Census(job.kernel), 0
     outcomes: list[Outcome] = []
+    opened: list[int] = []
 
     def read(more: int = 0) -> None:
         nonlocal pages
@@ -1076,9 +1077,8 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
         outcome: Outcome = "it changed whenever it was read"
         for _ in range(3):
             try:
-                with contextlib.ExitStack() as opened:
-                    reading = Reading(node, job, opened)
-                    counted, kib = census.process(reading, read)
+                reading = Reading(node, job, opened)
+                counted, kib = census.process(reading, read)
                 outcome = row_of(node, reading, counted, kib)
                 break
             except VANISHED:
@@ -1092,6 +1092,9 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
             except (OSError, psutil.AccessDenied) as error:
                 outcome = os.strerror(getattr(error, "errno", None) or errno.EACCES)
                 break
+            finally:
+                while opened:
+                    os.close(opened.pop())
         outcomes.append(outcome)
     return census, outcomes
 
@@ -1210,7 +1213,7 @@ Report = namedtuple("Report", "rows total skipped exited")
 
 
 def measure(
-    roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Callable[[str], None]
+    roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Progress
 ) -> Report:
     """Count the processes with these PIDs and their descendants, as one set.
 
@@ -1219,9 +1222,7 @@ def measure(
     nodes = process_tree(roots)
     job = Job(nodes, wanted, kernel, None, {node.pid for node in nodes})
 
-    def tell(done: int, pages: int) -> None:
-        progress(f"{done} of {len(nodes)} processes, {pages} pages")
-
+    tell = functools.partial(progress, len(nodes))
     pages = sum(node.stat.rss - OPENING for node in nodes if node.stat.rss)
     result = None
     if pages > FORK_FROM and len(os.sched_getaffinity(0)) > 1:
@@ -1355,8 +1356,10 @@ class Progress:
         self.shown = False
         self.next = time.monotonic() + 1
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, number: int, done: int, pages: int) -> None:
+        """So many processes are read, of their number, and so many pages."""
         if time.monotonic() > self.next and sys.stderr and sys.stderr.isatty():
+            text = f"{done} of {number} processes, {pages} pages"
             print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
             self.shown, self.next = True, time.monotonic() + 0.1
 
