@@ -1090,7 +1090,10 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
                     raise Unfit from None
                 node = node._replace(stat=stat)
             except (OSError, psutil.AccessDenied) as error:
-                outcome = os.strerror(getattr(error, "errno", None) or errno.EACCES)
+                number = getattr(error, "errno", None) or errno.EACCES
+                if number == errno.ENOMEM:
+                    raise  # not because of this process
+                outcome = os.strerror(number)
                 break
             finally:
                 while opened:

@@ -811,6 +811,13 @@ def test_too_little_memory_is_told_in_one_line(mib: int, scene: Build) -> None:
         assert result.stdout.count("\n") == 5
 
 
+def test_memory_that_cannot_be_mapped_is_no_fault_of_a_process(scene: Build) -> None:
+    change = "import memuse\ndef fail(*_): raise OSError(12, 'Cannot allocate memory')\n"
+    for mode in ("", IN_TWO):
+        result = simulated(mode + change + "memuse.Ledger.reach = fail", scene("forked").pid)
+        one_line(result, "not enough memory")
+
+
 # What may befall one of two processes of memuse: the second, or the first.
 BEFALLEN = """
 second_process, count_each = memuse.second_process, memuse.count_each
