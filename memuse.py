@@ -110,7 +110,7 @@ PAGEMAP_SCAN = 0xC0606610
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 
 MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no name for it
-PF_KTHREAD = 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
+PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
 ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
 
 # What an entry stands for, told from its flags.
@@ -224,16 +224,15 @@ def parse_figures(smaps: bytes) -> Counter[bytes]:
 
 # Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `rss` in pages,
 # `image` where exec put code, stack, data and arguments.
-Stat = namedtuple("Stat", "state ppid kernel_thread threads started rss image name")
+Stat = namedtuple("Stat", "state ppid flags threads started rss image name")
 
 
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
-    kernel_thread = bool(int(fields[6]) & PF_KTHREAD)
-    numbers = int(fields[17]), int(fields[19]), int(fields[21])
+    ppid, flags, threads, started, rss = (int(fields[i]) for i in (1, 6, 17, 19, 21))
     image = [*fields[23:26], *fields[42:49]]
-    return Stat(fields[0], int(fields[1]), kernel_thread, *numbers, image, name)
+    return Stat(fields[0], ppid, flags, threads, started, rss, image, name)
 
 
 COMMAND_LIMIT = 1 << 17  # bytes: a process can claim any of its memory to be arguments
@@ -377,6 +376,11 @@ def stat_of(pid: int) -> Stat | None:
     return None
 
 
+def is_exiting(stat: Stat) -> bool:
+    """Whether it gives up its memory, which can take long, and is not a zombie yet."""
+    return bool(stat.flags & PF_EXITING) and stat.threads == 1 and stat.state not in ENDED
+
+
 # A process in the tree; when it was found, `stat` was so.
 Node = namedtuple("Node", "pid stat depth")
 
@@ -428,7 +432,7 @@ class Reading:
 
     def _alive(self, stat: Stat, directory: int) -> str | None:
         """Where the files about its memory are: if its first thread has ended, by another."""
-        if stat.kernel_thread:
+        if stat.flags & PF_KTHREAD:
             return None
         if stat.state not in ENDED:
             return ""
@@ -1083,7 +1087,7 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
                 break
             except VANISHED:
                 stat = stat_of(node.pid)
-                if not stat or stat.started != node.stat.started:
+                if not stat or stat.started != node.stat.started or is_exiting(stat):
                     outcome = None
                     break
                 if job.stripes is not None:  # for the other part, it may have been read before

@@ -129,10 +129,11 @@ def test_figures_are_sums_over_vmas() -> None:
 def test_stat_of_a_process_with_an_evil_name() -> None:
     numbers = " ".join(str(number) for number in range(4, 53))
     stat = memuse.parse_stat(f"17 (a) Z 1 (\n) R {numbers}".encode())
-    assert stat[:6] == (b"R", 4, False, 20, 22, 24)
+    assert stat[:6] == (b"R", 4, 9, 20, 22, 24)
     assert stat.name == b"a) Z 1 (\n"
     assert stat.image == [b"26", b"27", b"28", *(str(n).encode() for n in range(45, 52))]
-    assert memuse.parse_stat(b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 50).kernel_thread
+    kernel_thread = memuse.parse_stat(b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 50)
+    assert kernel_thread.flags & memuse.PF_KTHREAD
 
 
 @pytest.mark.parametrize(
