@@ -404,9 +404,11 @@ class Reading:
         self.spans: Iterable[Span] = ()
         self._smaps: int | None = None
         directory = self._open(proc(str(node.pid)))
-        # Not psutil's: it reads all that a process may claim, and by way of its PID.
-        cmdline = read_file("cmdline", directory, COMMAND_LIMIT)
-        self.command = command_line(cmdline, node.stat.name)
+        self.command = None
+        if "command" in job.columns:
+            # Not psutil's: it reads all that a process may claim, and by way of its PID.
+            cmdline = read_file("cmdline", directory, COMMAND_LIMIT)
+            self.command = command_line(cmdline, node.stat.name)
         self.user = psutil.Process(node.pid).username() if "user" in job.columns else None
         alive = self._alive(node.stat, directory)
         if alive is not None and job.columns & FROM_SMAPS and node.pid in job.smaps_of:
@@ -711,9 +713,10 @@ class Ledger:
         planes: list[int] = []
         while left:
             if depth == len(blocks):
-                if how_many(left >> 8 * at) <= MAX_LONE:
+                number = how_many(left >> 8 * at)
+                if number <= MAX_LONE:
                     lone = self._enter_lone(words, left >> 8 * at)
-                    complete = complete and len(lone) == how_many(left >> 8 * at)
+                    complete = complete and len(lone) == number
                     break
                 mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
                 blocks.append(Block(self.of_file.setdefault(key[0], mark)))
@@ -723,8 +726,7 @@ class Ledger:
             same = block.same(planes, left)
             fresh = left & ~(same | block.known)
             if fresh:
-                new = self._enter(block.mark, words, fresh >> 8 * at)
-                new <<= 8 * at
+                new = self._enter(block.mark, words, fresh >> 8 * at) << 8 * at
                 block.enter(planes, new)
                 self.entered[block] |= new
                 complete = complete and new == fresh
@@ -818,8 +820,9 @@ Count = namedtuple("Count", "frames new_frames slots new_slots twin")
 class Census:
     """The count over all processes; without `kernel`, of those whose page tables are not read."""
 
-    def __init__(self, kernel: Kernel | None) -> None:
+    def __init__(self, kernel: Kernel | None, uss: bool) -> None:
         self.kernel: Any = kernel
+        self.uss = uss  # whether TOTAL's is wanted
         self.frames = Ledger()
         self.slots: defaultdict[int, Ledger] = defaultdict(Ledger)  # by swap type
         self.private = 0  # ANON_EXCLUSIVE frames
@@ -940,14 +943,14 @@ class Census:
             self.slots[swap_type].add(offsets, real, 0, size, (None, start))
 
     def set_uss(self, pids: list[int]) -> int:
-        """How many frames have in the set all the mappings that the kernel knows of.
+        """If wanted, how many frames have in the set all mappings that the kernel knows of.
 
         Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
         Mappings of the processes with these PIDs, which are memuse, are taken off.
         """
-        frames = self.frames
-        if not self.kernel:
+        if not (self.kernel and self.uss):
             return 0
+        frames = self.frames
         own = self._own_mappings(pids)
         counts, many, of_mark = self._mapcounts()
         for _ in range(3):
@@ -1067,7 +1070,7 @@ def row_of(node: Node, reading: Reading, counted: Count, kib: Counter[bytes]) ->
 
 def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
     """What becomes of each process; Unfit if one changes of which the job is only a part."""
-    census, pages = Census(job.kernel), 0
+    census, pages = Census(job.kernel, "uss" in job.columns), 0
     outcomes: list[Outcome] = []
     opened: list[int] = []
 
@@ -1109,7 +1112,7 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
 def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
     """What becomes of each process; how many frames only the set maps, if wanted."""
     census, outcomes = count_each(job, tell)
-    return outcomes, census.set_uss([own_pid()]) if "uss" in job.columns else 0
+    return outcomes, census.set_uss([own_pid()])
 
 
 # ---- Counting by two processes ------------------------------------------------
@@ -1134,8 +1137,9 @@ def shares_of(job: Job) -> list[Job]:
         pages[which] += node.stat.rss
     ahead = (pages[1] - pages[0]) / (sum(pages) or 1)
     middle = round(len(STRIPES) * (1 + ahead) / 2)
-    shares = (STRIPES[:middle], pids[0]), (STRIPES[middle:], pids[1])
-    return [job._replace(stripes=stripes, smaps_of=whose) for stripes, whose in shares]
+    ours = job._replace(stripes=STRIPES[:middle], smaps_of=pids[0])
+    figures = job.columns - {"user", "command"}  # which are no sums
+    return [ours, job._replace(columns=figures, stripes=STRIPES[middle:], smaps_of=pids[1])]
 
 
 def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
@@ -1168,7 +1172,7 @@ def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
         with open(answer, "rb") as file:
             census, outcomes = count_each(ours, tell_both)
             second = marshal.load(file)
-            alone = census.set_uss([first, second]) if "uss" in job.columns else 0
+            alone = census.set_uss([first, second])
             others, others_alone = marshal.load(file)
             for swap_type, start, marks in iter(functools.partial(marshal.load, file), None):
                 ledger = census.frames if swap_type is None else census.slots[swap_type]
@@ -1203,7 +1207,7 @@ def second_process(job: Job, pages: memoryview, first: int, end: int) -> NoRetur
             marshal.dump(second, file)
             file.flush()
             census, outcomes = count_each(job, tell)
-            alone = census.set_uss([first, second]) if "uss" in job.columns else 0
+            alone = census.set_uss([first, second])
             marshal.dump((outcomes, alone), file)
             for swap_type, ledger in (None, census.frames), *census.slots.items():
                 for start, marks in ledger.marked():
