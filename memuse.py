@@ -235,7 +235,7 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(fields[0], ppid, flags, threads, started, rss, image, name)
 
 
-COMMAND_LIMIT = 1 << 17  # bytes: a process can claim any of its memory to be arguments
+COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
 
 def command_line(cmdline: bytes, name: bytes) -> str:
@@ -271,19 +271,18 @@ def own_pid() -> int:
         raise Error(f"no {proc('self')}: mount the /proc of this PID namespace") from None
 
 
-def read_file(name: str, directory: int | None = None, limit: int | None = None) -> bytes:
-    """A file, by its path from a directory that is open; not much more than a limit."""
+def read_file(name: str, directory: int | None = None, once: int = 0) -> bytes:
+    """A file, by its path from a directory that is open; what one read of so many bytes gives."""
     fd = os.open(name, os.O_RDONLY, dir_fd=directory)
     try:
-        return read_rest(fd, limit)
+        return os.read(fd, once) if once else read_rest(fd)
     finally:
         os.close(fd)
 
 
-def read_rest(fd: int, limit: int | None = None) -> bytes:
+def read_rest(fd: int) -> bytes:
     """The rest of an open file: by os.read(), for file objects would cost as much again."""
-    reads = iter(functools.partial(os.read, fd, 1 << 16), b"")
-    return b"".join(islice(reads, limit and limit // (1 << 16) + 1))
+    return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
 
 
 def read_words(fd: int, first: int, number: int) -> bytes:
@@ -407,7 +406,7 @@ class Reading:
         self.command = None
         if "command" in job.columns:
             # Not psutil's: it reads all that a process may claim, and by way of its PID.
-            cmdline = read_file("cmdline", directory, COMMAND_LIMIT)
+            cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
             self.command = command_line(cmdline, node.stat.name)
         self.user = psutil.Process(node.pid).username() if "user" in job.columns else None
         alive = self._alive(node.stat, directory)
@@ -627,7 +626,8 @@ class Ledger:
     there are too few for a Block: they are in none, and strays from the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, uss: bool) -> None:
+        self.uss = uss
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
         self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
         # What _find() told of entries last met, by their hash, if all were entered.  Python keys
@@ -644,7 +644,7 @@ class Ledger:
         # entered; strays; new ones of these, which are lone; first PFNs of huge pages.
         self.own: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
         self.entered: defaultdict[Block, int] = defaultdict(int)
-        self.strays: Counter[int] = Counter()
+        self.strays: defaultdict[int, int] = defaultdict(int)
         self.lone: list[int] = []
         self.claims: list[int] = []
 
@@ -679,23 +679,23 @@ class Ledger:
         `place` is where entry 0 is, or would be.
         """
         file, index = place
-        for start in range(first - (index + first) % LANES, end, LANES):
-            span = max(start, first), min(start + LANES, end)
-            # Between the first and the last lane: what is a process's own beside them differs.
-            low, high = lanes.find(0x80, *span), lanes.rfind(0x80, *span) + 1
-            if not high:
-                continue
-            key, at = (file, (index + low) // LANES), low - start
-            part, chosen = words[low * WORD : high * WORD], bytes(lanes[low:high])
-            content = hash((key, at, part, chosen))
+        low = lanes.find(0x80, first, end)
+        while low >= 0:
+            group, at = divmod(index + low, LANES)
+            stop = min(low - at + LANES, end)
+            # Up to the last that is marked: what is a process's own beside them differs.
+            high = lanes.rfind(0x80, low, stop) + 1
+            key, part, chosen = (file, group), words[low * WORD : high * WORD], lanes[low:high]
+            content = hash((key, at, part, bytes(chosen)))
             known = self.recent.pop(content, None) or self._find(key, part, chosen, at)
+            low = lanes.find(0x80, stop, end)
             found, lone, complete = known
             if complete:
                 self.recent[content] = known  # now the last to go
                 if len(self.recent) > min(2 * len(self.blocks), RECENT):
                     del self.recent[next(iter(self.recent))]
-            if lone:
-                self.strays.update(lone)
+            for number in lone:
+                self.strays[number] += 1
             for block, same, number in found:
                 every = self.own[block]
                 if every and not every[-1][0] & same:  # so that few are kept
@@ -703,20 +703,22 @@ class Ledger:
                     same, number = same | others, number + many
                 every.append((same, number))
 
-    def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> Known:
+    def _find(self, key: Place, words: bytes, chosen: bytes | bytearray, at: int) -> Known:
         """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
         found: list[Found] = []
         lone: list[int] = []
         complete = True
         blocks, depth = self.blocks[key], 0
+        if not blocks and chosen.count(0x80) <= MAX_LONE:
+            return self._enter_lone(words, chosen)
         left = int.from_bytes(chosen, "little") << 8 * at
         planes: list[int] = []
         while left:
             if depth == len(blocks):
-                number = how_many(left >> 8 * at)
-                if number <= MAX_LONE:
-                    lone = self._enter_lone(words, left >> 8 * at)
-                    complete = complete and len(lone) == number
+                rest = octets(left >> 8 * at)
+                if rest.count(0x80) <= MAX_LONE:
+                    _, lone, all_new = self._enter_lone(words, rest)
+                    complete = complete and all_new
                     break
                 mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
                 blocks.append(Block(self.of_file.setdefault(key[0], mark)))
@@ -751,23 +753,31 @@ class Ledger:
             else:
                 return lanes
         done = len(numbers) - 1 - length_hint(left)
-        self.reach(max(numbers))
         entered = bytearray(chosen)
-        for at, number in islice(zip(compress(count(), chosen), numbers), done, None):
-            if not marks[number]:
-                marks[number] = mark
-                continue
-            entered[at] = 0
-            if marks[number] != UNREAL:
-                self.strays[number] += 1
+        places = islice(compress(count(), chosen), done, None)
+        for at, new in zip(places, self._mark_each(numbers[done:], mark)):
+            if not new:
+                entered[at] = 0
         return int.from_bytes(entered, "little")
 
-    def _enter_lone(self, words: bytes, lanes: int) -> list[int]:
-        """Those of the numbers in these lanes that nobody had."""
-        new = octets(self._enter(LONE, words, lanes))
-        numbers = list(compress(numbers_of(words[: len(new) * WORD]), new))
-        self.lone += numbers
-        return numbers
+    def _enter_lone(self, words: bytes, chosen: bytes | bytearray) -> Known:
+        """As _find(), for entries that get no Block."""
+        numbers = list(compress(numbers_of(words), chosen))
+        lone = list(compress(numbers, self._mark_each(numbers, LONE)))
+        self.lone += lone
+        return [], lone, len(lone) == len(numbers)
+
+    def _mark_each(self, numbers: list[int], mark: int) -> Iterator[bool]:
+        """Mark the numbers that nobody had, and tell of each whether; others are strays."""
+        self.reach(max(numbers))
+        marks = self.marks
+        for number in numbers:
+            had = marks[number]
+            if not had:
+                marks[number] = mark
+            elif had != UNREAL:
+                self.strays[number] += 1
+            yield not had
 
     def claim(self, first: int) -> bool:
         """Whether nobody before has anything of the huge page from this PFN on."""
@@ -784,16 +794,18 @@ class Ledger:
         astray = {n for n in self.strays if self.marks[n] != LONE}
         distinct = len(self.strays) - len(astray)
         for block, every in self.own.items():
-            for lanes, number in every:
+            for lanes, number in every if self.uss else ():
                 block.add_inside(lanes)
                 self.mapped[block.mark] += number
+            lanes, number = every[0]
             if len(every) > 1:
                 lanes = functools.reduce(int.__or__, [lanes for lanes, _ in every])
                 number = how_many(lanes)
             distinct += number
             if astray:
                 astray.difference_update(block.numbers(lanes))
-        self.astray.update(self.strays)
+        for number, times in self.strays.items() if self.uss else ():
+            self.astray[number] += times
         self.claimed += self.claims
         self._begin()
         return distinct + len(astray), new
@@ -823,8 +835,8 @@ class Census:
     def __init__(self, kernel: Kernel | None, uss: bool) -> None:
         self.kernel: Any = kernel
         self.uss = uss  # whether TOTAL's is wanted
-        self.frames = Ledger()
-        self.slots: defaultdict[int, Ledger] = defaultdict(Ledger)  # by swap type
+        self.frames = Ledger(uss)
+        self.slots: defaultdict[int, Ledger] = defaultdict(lambda: Ledger(False))  # by swap type
         self.private = 0  # ANON_EXCLUSIVE frames
         for pfn in kernel.zero_pages if kernel else ():
             self.frames.reach(pfn)
@@ -862,8 +874,10 @@ class Census:
             self.rollback()
             raise
         frames, new_frames = self.frames.commit()
-        in_swap = [(0, 0), *(ledger.commit() for ledger in self.slots.values())]
-        slots, new_slots = map(sum, zip(*in_swap))
+        slots = new_slots = 0
+        for ledger in self.slots.values():
+            more, new = ledger.commit()
+            slots, new_slots = slots + more, new_slots + new
         self.private += private
         if witness:
             self.witnesses[witness] = reading.path, Count(private + frames, 0, slots, 0, True)
@@ -910,18 +924,21 @@ class Census:
         """Take in what others may have: what is a file's by its place there, else by address."""
         of_file = bytearray(kinds.translate(LANES_OF[FILE_PAGE]))
         shared = bytearray(kinds.translate(LANES_OF[ANON_OR_DEVICE]))
-        size = len(kinds)
+        size, maybe_devices = len(kinds), ANON_OR_DEVICE in kinds
         for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
             first, end, shift, file = files[i]
-            if first >= start + size:
+            first, end = first - start, end - start  # of the entries, as far as they go
+            if first >= size:
                 break
-            first, end = max(first - start, 0), max(min(end - start, size), 0)
+            if first < 0:
+                first, end = 0, max(0, end)
             if kinds.find(FILE_PAGE, first, end) >= 0:
+                end = min(end, size)
                 self.frames.add(words, of_file, first, end, (file, shift + start))
                 of_file[first:end] = bytes(end - first)
-            if (
-                kinds.find(ANON_OR_DEVICE, first, end) >= 0
-            ):  # the process's own copies, or a device's
+            # The process's own copies, or a device's:
+            if maybe_devices and kinds.find(ANON_OR_DEVICE, first, end) >= 0:
+                end = min(end, size)
                 numbers = numbers_of(words[first * WORD : end * WORD])
                 for at, pfn in compress(enumerate(numbers, first), shared[first:end]):
                     if not (self.frames.mark(pfn) or self.kernel.has(pfn, KPF_ANON)):
