@@ -46,7 +46,7 @@ MEMUSE = [sys.executable, str(HERE.parent / "memuse.py"), "--json"]
 GENTLE = [*MEMUSE, "-o", "pid,frames,unique,command"]
 IMPORT = [sys.executable, "-c", "import psutil, argparse, json"]
 INTERPRETER = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
-LIMIT = ["timeout", "300"]  # for any one command
+LIMIT = 300  # seconds for any one command
 
 kept: list[mmap.mmap] = []  # what a scene mapped would go with its last reference
 
@@ -245,12 +245,17 @@ def spans_in_use(smaps: bytes) -> Iterator[tuple[int, int]]:
 def run(command: list[str]) -> tuple[float, bytes]:
     """The command's wall time and output."""
     start = time.perf_counter()
-    with subprocess.Popen(LIMIT + command, stdout=subprocess.PIPE, cwd=HERE) as process:
+    limited = ["timeout", str(LIMIT), *command]
+    with subprocess.Popen(limited, stdout=subprocess.PIPE, cwd=HERE) as process:
         output = process.stdout.read() if process.stdout else b""
     seconds = time.perf_counter() - start
     if process.returncode:
-        raise SystemExit(f"exit status {process.returncode}: {' '.join(command)[:200]}")
+        raise failed(process.returncode, command)
     return seconds, output
+
+
+def failed(status: int, command: list[str]) -> SystemExit:
+    return SystemExit(f"exit status {status}: {' '.join(command)[:200]}")
 
 
 def peak_mib(command: list[str]) -> float:
@@ -258,7 +263,10 @@ def peak_mib(command: list[str]) -> float:
     peaks: dict[str, int] = {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HERE) as process:
         ended, status = 0, 0
+        until = time.monotonic() + LIMIT
         while not ended:
+            if time.monotonic() > until:
+                process.kill()
             with suppress(OSError, IndexError):  # it has ended
                 for child in (
                     Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -268,6 +276,8 @@ def peak_mib(command: list[str]) -> float:
             time.sleep(0.001)
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise failed(process.returncode, command)
     return (usage.ru_maxrss + sum(peaks.values())) / 1024
 
 
