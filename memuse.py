@@ -240,10 +240,10 @@ COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be ar
 
 def command_line(cmdline: bytes, name: bytes) -> str:
     """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
-    line = cmdline[:COMMAND_LIMIT].rstrip(b"\0").replace(b"\0", b" ")
+    line = cmdline.rstrip(b"\0").replace(b"\0", b" ")
     line = line if line.strip() else b"[%s]" % name
-    shown = escaped(line.decode("utf-8", "surrogateescape"))
-    return shown + "..." if len(cmdline) > COMMAND_LIMIT else shown
+    shown = escaped(line[:COMMAND_LIMIT].decode("utf-8", "surrogateescape"))
+    return shown + "..." if len(line) > COMMAND_LIMIT else shown
 
 
 def escaped(text: str) -> str:
@@ -501,7 +501,10 @@ RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little"
 MAX_LONE = 16  # up to so many numbers at a place take less memory in a dictionary than a Block
 # Marks: no memory; met as part of an ANON_EXCLUSIVE huge page; in no Block; others are of Blocks.
 UNREAL, CLAIMED, LONE, *OF_BLOCKS = range(1, 256)
-RECENT = 1 << 14  # pieces of memory, of up to LANES pages, that are known by their hash
+RECENT = 1 << 14  # pieces of memory, of up to LANES pages, that are known by their digest
+# Python keys its hash of bytes anew in every run: two pieces have the same as likely as 1 in
+# 2**64.  A hash of 32 bits would not do.
+DIGEST: Any = hash if sys.hash_info.width >= 64 else tuple
 MARKS_GROWTH = 1 << 20  # so many marks are added at a time
 MARKS_PART = 1 << 12  # so many are looked through in one go
 UNMARKED = bytes(MARKS_PART)
@@ -630,8 +633,7 @@ class Ledger:
         self.uss = uss
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
         self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
-        # What _find() told of entries last met, by their hash, if all were entered.  Python keys
-        # its hash of bytes anew in every run: others have the same as likely as 1 in 2**64.
+        # What _find() told of entries last met, by their DIGEST, if all were entered.
         self.recent: dict[int, Known] = {}
         self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each number; see reach()
         self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
@@ -686,7 +688,7 @@ class Ledger:
             # Up to the last that is marked: what is a process's own beside them differs.
             high = lanes.rfind(0x80, low, stop) + 1
             key, part, chosen = (file, group), words[low * WORD : high * WORD], lanes[low:high]
-            content = hash((key, at, part, bytes(chosen)))
+            content = DIGEST((key, at, part, bytes(chosen)))
             known = self.recent.pop(content, None) or self._find(key, part, chosen, at)
             low = lanes.find(0x80, stop, end)
             found, lone, complete = known
@@ -1062,7 +1064,7 @@ def process_tree(roots: list[int]) -> list[Node]:
         return nodes
 
     below = walk([(child, 1) for root in roots for child in children[root]])
-    tops = [root for root in roots if root not in below]
+    tops = [root for root in roots if root not in below] or roots
     return list(walk([(root, 0) for root in reversed(tops)]).values())
 
 
@@ -1253,7 +1255,7 @@ def measure(
     tell = functools.partial(progress, len(nodes))
     pages = sum(node.stat.rss - OPENING for node in nodes if node.stat.rss)
     result = None
-    if pages > FORK_FROM and len(os.sched_getaffinity(0)) > 1:
+    if (kernel or wanted & FROM_SMAPS) and pages > FORK_FROM and len(os.sched_getaffinity(0)) > 1:
         with contextlib.suppress(Unfit):
             result = count_in_two(job, tell)
     outcomes, alone = result or count_in_one(job, tell)
@@ -1370,11 +1372,10 @@ def as_json(report: Report, columns: list[str]) -> str:
 
 def output_encoding() -> str:
     """That of stdout; ASCII in the C locale, though there Python has come to write UTF-8."""
-    if not {"PYTHONIOENCODING", "PYTHONUTF8"} & os.environ.keys():
-        settings = map(os.environ.get, ("LC_ALL", "LC_CTYPE", "LANG"))
-        if next(filter(None, settings), "") in ("C", "POSIX"):
-            return "ascii"
-    return sys.stdout.encoding
+    environ = os.environ  # where LC_CTYPE may be Python's own doing (PEP 538)
+    asked = {"PYTHONIOENCODING", "PYTHONUTF8"} & environ.keys()
+    plain = (environ.get("LC_ALL") or environ.get("LANG")) in ("C", "POSIX")
+    return "ascii" if plain and sys.flags.utf8_mode and not asked else sys.stdout.encoding
 
 
 class Progress:
@@ -1447,14 +1448,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def write(text: str, stream: TextIO | None) -> None:
     """Error if stdout cannot take it, but for a reader that has had enough."""
+    if stream is None:  # stderr is closed
+        return
     try:
-        if stream is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         stream.write(text)
         stream.flush()
     except OSError as error:
-        if stream:  # Python is not to try again at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        # Python is not to try again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise Error(f"cannot write: {error.strerror}") from None
 
@@ -1462,8 +1463,6 @@ def write(text: str, stream: TextIO | None) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]:
     """The report and its text."""
     own_pid()  # before much is made of what this /proc lacks
-    if sys.stdout is None:
-        raise Error("standard output is closed")
     columns = arguments.output or (IN_JSON if arguments.json else IN_TABLE).split(",")
     pids = " ".join(map(str, arguments.pids))
     kernel = None if FROM_PAGEMAP.isdisjoint(columns) else Kernel(pids)
@@ -1472,8 +1471,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]
         return report, as_json(report, columns) + "\n"
     encoding = output_encoding()
     lines = table(report, columns, arguments.size, not "└".encode(encoding, "ignore"))
-    if sys.stdout.isatty():
-        lines = [cut(line, os.get_terminal_size(sys.stdout.fileno()).columns) for line in lines]
+    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+    if width:  # a terminal that nobody told its size has none
+        lines = [cut(line, width) for line in lines]
     text = "".join(f"{line}\n" for line in lines)
     return report, text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -1493,6 +1493,8 @@ def main(argv: list[str] | None = None) -> int:
     if before != signal.SIG_IGN:  # as it is for what a script runs in the background
         signal.signal(signal.SIGINT, interrupt)
     try:
+        if sys.stdout is None:
+            raise Error("standard output is closed")
         report, text = run(parse_args(argv), progress)
         progress.clear()
         write(text, sys.stdout)

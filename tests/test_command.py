@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,8 @@ def test_units_agree(scene: Build) -> None:
     ("environment", "drawn"),
     [
         ({"LC_ALL": "C"}, "`- "),
+        ({"LANG": "C"}, "`- "),
+        ({"LANG": "C", "PYTHONUTF8": "1"}, "└─ "),
         ({"LC_ALL": "C.UTF-8"}, "└─ "),
         ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii"}, "`- "),
         ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, "`- "),
@@ -155,13 +158,15 @@ def test_tree_in_the_outputs_encoding(
 
 
 @needs_root
-def test_lines_are_cut_on_a_terminal_only(scene: Build) -> None:
+@pytest.mark.parametrize("width", [80, 0])
+def test_lines_are_cut_on_a_terminal_only(width: int, scene: Build) -> None:
+    """And on one that has a width: a terminal that nobody told its size has none."""
     long = ["sh", "-c", "sleep 60; : " + "x" * 500]
     with subprocess.Popen(long, start_new_session=True) as process:
         try:
             assert "x" * 500 in memuse(process.pid).stdout
             controller, terminal = pty.openpty()
-            size = b"\x18\x00\x50\x00\x00\x00\x00\x00"  # 24 lines of 80
+            size = struct.pack("HHHH", 24, width, 0, 0)
             import fcntl
             import termios
 
@@ -175,7 +180,8 @@ def test_lines_are_cut_on_a_terminal_only(scene: Build) -> None:
                     except OSError:
                         break
             assert shown.returncode == 0
-            assert max(len(line) for line in text.decode().splitlines()) == 80
+            longest = max(len(line) for line in text.decode().splitlines())
+            assert longest == width if width else longest > 500
         finally:
             os.killpg(process.pid, 9)
 

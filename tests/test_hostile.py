@@ -879,6 +879,12 @@ def test_a_second_process_that_is_of_no_use(change: str) -> None:
     check_befallen(change)
 
 
+def test_where_nothing_is_read_there_is_no_second_process(scene: Build) -> None:
+    pid = scene("forked").pid
+    result = simulated(IN_TWO + "os.fork = None", "-o", "pid,command", pid)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 # The first process dies: when it has only begun, or waits for what the second has to tell.
 DIE_EARLY = """
 def die(kind, pid, *_):
@@ -1027,6 +1033,18 @@ def test_everything_closed(closing: str) -> None:
     assert (result.stdout, result.stderr) == ("1\n", "")
 
 
+@pytest.mark.parametrize("arguments", [["1"], ["none"], ["--help"]])
+def test_no_streams(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python has for stdout and stderr that are closed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert tool.main(arguments) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("form", ["", "--json", "--help"])
 @pytest.mark.parametrize("reader", ["head -1", "true", "(exec <&-; sleep 1)"])
 def test_a_reader_that_quits(form: str, reader: str) -> None:
@@ -1066,6 +1084,17 @@ def test_without_pagemap_scan_hugetlb(scene: Build, hugetlb: None) -> None:
     pid = scene("hugetlb").pid
     expected = reference.count(reference.tree(pid))
     report = json.loads(simulated(NO_SCAN.format(name="ENOTTY"), "--json", pid).stdout)
+    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
+    assert rows == expected["rows"]
+
+
+def test_an_interpreter_with_short_hashes(scene: Build) -> None:
+    """One of 32 bits, on a kernel of 64; in process: there is none here."""
+    pid = scene("forked").pid
+    expected = reference.count(reference.tree(pid))
+    change = "sys.hash_info = type('', (), {'width': 32})\nimport memuse\n"
+    change += "assert memuse.DIGEST is tuple"
+    report = json.loads(simulated(change, "--json", pid).stdout)
     rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
     assert rows == expected["rows"]
 

@@ -211,6 +211,20 @@ def test_visible_shows_what_was_there() -> None:
     assert memuse.escaped(hostile) == shown
 
 
+def test_only_a_command_line_that_is_cut_shows_that() -> None:
+    limit = memuse.COMMAND_LIMIT
+    assert memuse.command_line(b"x" * limit + b"\0", b"name") == "x" * limit
+    assert memuse.command_line(b"x" * (limit + 1), b"name") == "x" * limit + "..."
+
+
+def test_a_circle_of_parents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a PID is used anew while processes are listed."""
+    stat = memuse.parse_stat(Path("/proc/self/stat").read_bytes())
+    monkeypatch.setattr(memuse.psutil, "pids", lambda: [5, 6])
+    monkeypatch.setattr(memuse, "stat_of", lambda pid: stat._replace(ppid=11 - pid))
+    assert [node.pid for node in memuse.process_tree([5])] == [5, 6]
+
+
 @given(st.text(st.characters(exclude_categories=["C"])), st.integers(1, 30))
 def test_cut_lines_fit(text: str, width: int) -> None:
     part = memuse.cut(text, width)
