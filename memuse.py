@@ -39,18 +39,14 @@ import time
 from bisect import bisect
 from collections import Counter, defaultdict, namedtuple
 from itertools import chain, compress, count, islice
-from operator import length_hint
 
 try:
     import fcntl
 
     import psutil
-except ModuleNotFoundError as missing:
-    hint = "apt install python3-psutil, or pip install psutil"
-    hint = "only Linux has /proc/PID/pagemap" if missing.name == "fcntl" else hint
-    raise SystemExit(f"memuse: {missing.name} is missing: {hint}") from None
-except (ImportError, MemoryError, OSError) as broken:
-    raise SystemExit(f"memuse: cannot load psutil: {str(broken) or 'not enough memory'}") from None
+except (ImportError, MemoryError, OSError) as error:
+    needs = "it needs Linux, and psutil (apt install python3-psutil, or pip install psutil)"
+    raise SystemExit(f"memuse: {str(error) or 'not enough memory'}; {needs}") from None
 
 TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
 if TYPE_CHECKING:
@@ -68,8 +64,9 @@ if TYPE_CHECKING:
     Tell = Callable[[int, int], None]  # of processes and pages read
     Row = dict[str, Any]  # by names of columns; sizes in bytes
     Outcome = Row | str | None  # why a process is left out, or None if it exited
+    Lanes = bytes | bytearray  # one for each entry: 0x80 where it is marked
     Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
-    Known = tuple[list[Found], list[int], bool]  # and lone numbers; whether that is all
+    Known = tuple[list[Found], list[int]]  # and the strays among them
 
 __version__ = "1.0.0"
 
@@ -214,12 +211,13 @@ def parse_maps(maps: bytes, stripes: range | None = None) -> tuple[list[Area], l
     return areas, files
 
 
-def parse_figures(smaps: bytes) -> Counter[bytes]:
-    """Sums of the fields that are needed of smaps or smaps_rollup (proc.rst), in KiB."""
-    figures: Counter[bytes] = Counter()
-    for name, kib in FIGURE.findall(smaps):
-        figures[name] += int(kib)
-    return figures
+def parse_figures(smaps: bytes) -> Row:
+    """RSS, PSS and USS in bytes: sums over smaps or smaps_rollup (proc.rst)."""
+    kib: dict[bytes, int] = defaultdict(int)
+    for name, number in FIGURE.findall(smaps):
+        kib[name] += int(number)
+    private = kib[b"Private_Clean"] + kib[b"Private_Dirty"] + kib[b"Private_Hugetlb"]
+    return {"rss": kib[b"Rss"] * 1024, "pss": kib[b"Pss"] * 1024, "uss": private * 1024}
 
 
 # Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `rss` in pages,
@@ -271,18 +269,18 @@ def own_pid() -> int:
         raise Error(f"no {proc('self')}: mount the /proc of this PID namespace") from None
 
 
-def read_file(name: str, directory: int | None = None, once: int = 0) -> bytes:
-    """A file, by its path from a directory that is open; what one read of so many bytes gives."""
+def read_file(name: str, directory: int | None = None, at_most: int = 0) -> bytes:
+    """A file, by its path from a directory that is open; or what one read of so many bytes gives.
+
+    By os.read(), for file objects would cost as much again.
+    """
     fd = os.open(name, os.O_RDONLY, dir_fd=directory)
     try:
-        return os.read(fd, once) if once else read_rest(fd)
+        if at_most:
+            return os.read(fd, at_most)
+        return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
     finally:
         os.close(fd)
-
-
-def read_rest(fd: int) -> bytes:
-    """The rest of an open file: by os.read(), for file objects would cost as much again."""
-    return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
 
 
 def read_words(fd: int, first: int, number: int) -> bytes:
@@ -313,60 +311,57 @@ def numbers_of(words: bytes) -> list[int]:
 
 
 def next_resident(pagemap: int, start: int, end: int) -> int:
-    """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN)."""
+    """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN).
+
+    Just `start` before Linux 6.7, which cannot tell.
+    """
     region, which = array.array("Q", [0, 0, 0]), PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     # size flags start end walk_end vec vec_len max_pages; category_inverted _mask _anyof_mask,
     # return_mask
     head = (12 * WORD, 0, start * PAGE_SIZE, end * PAGE_SIZE, 0, region.buffer_info()[0], 1, 1)
-    fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
+    try:
+        fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
+    except OSError:
+        return start
     return region[0] // PAGE_SIZE if region[1] else end  # the kernel has filled in start and end
 
 
 class Kernel:
-    """What the kernel tells of frames: its open files, its zero pages, what it can do."""
+    """What the kernel tells of frames: its open files, and its zero pages."""
 
     def __init__(self, arguments: str) -> None:
         """Error if that may not be seen; it tells what to run instead."""
-        name = sys.argv[0]
-        where = "on the host, outside of any container, " if os.geteuid() == 0 else ""
-        need = (
-            f"seeing page frames takes CAP_SYS_ADMIN: {where}run sudo {name} {arguments}; or, for"
-            f" the kernel's figures alone, {name} -o pid,rss,pss,command {arguments}"
-        )
-        try:
-            self.pagemap = os.open(proc("self/pagemap"), os.O_RDONLY)
-            zero = self._zero_page()
-            if not zero:
-                raise Error(need)
-            self.flags = os.open(proc("kpageflags"), os.O_RDONLY)
-            self.count = os.open(proc("kpagecount"), os.O_RDONLY)
-        except PermissionError:
-            raise Error(need) from None
-        except FileNotFoundError as error:
-            raise Error(f"a kernel without CONFIG_PROC_PAGE_MONITOR: {error}") from None
-        # Some architectures have several in a row, and choose one by the address.
-        first = max(0, zero - 256)
-        flags = unpack(read_words(self.flags, first, 512))
-        self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
-        try:
-            self.scan = next_resident(self.pagemap, 0, 1) >= 0
-        except OSError:  # before 6.7
-            self.scan = False
-
-    def _zero_page(self) -> int:
-        """The PFN of the page that a private mapping of /dev/zero has before it is written to."""
         with open("/dev/zero", "rb") as file:
             page = mmap.mmap(file.fileno(), PAGE_SIZE, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        with page:
-            page.read(1)
-            mapping = re.search(rb"^([0-9a-f]+)-.* /dev/zero$", read_file(proc("self/maps")), re.M)
-            address = int(mapping[1], 16) if mapping else 0
-            return numbers_of(read_words(self.pagemap, address // PAGE_SIZE, 1))[0]
+        page.read(1)  # so that it has the zero page
+        mapping = re.search(rb"^([0-9a-f]+)-.* /dev/zero$", read_file(proc("self/maps")), re.M)
+        at = int(mapping[1], 16) // PAGE_SIZE if mapping else 0
+        try:
+            pagemap = os.open(proc("self/pagemap"), os.O_RDONLY)
+            zero = numbers_of(read_words(pagemap, at, 1))[0]
+            os.close(pagemap)
+            if not zero:
+                raise PermissionError
+            self.kpageflags = os.open(proc("kpageflags"), os.O_RDONLY)
+            self.kpagecount = os.open(proc("kpagecount"), os.O_RDONLY)
+        except PermissionError:
+            name = sys.argv[0]
+            where = "on the host, outside of any container, " if os.geteuid() == 0 else ""
+            raise Error(
+                f"seeing page frames takes CAP_SYS_ADMIN: {where}run sudo {name} {arguments}; or,"
+                f" for the kernel's figures alone, {name} -o pid,rss,pss,command {arguments}"
+            ) from None
+        except FileNotFoundError as error:
+            raise Error(f"a kernel without CONFIG_PROC_PAGE_MONITOR: {error}") from None
+        page.close()
+        # Some architectures have several in a row, and choose one by the address.
+        first = max(0, zero - 256)
+        flags = unpack(read_words(self.kpageflags, first, 512))
+        self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
 
     def has(self, pfn: int, flag: int) -> bool:
         """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
-        words = read_words(self.flags, pfn, 1)
-        return bool(words) and bool(unpack(words)[0] & flag)
+        return any(word & flag for word in unpack(read_words(self.kpageflags, pfn, 1)))
 
 
 def stat_of(pid: int) -> Stat | None:
@@ -388,6 +383,21 @@ Node = namedtuple("Node", "pid stat depth")
 Job = namedtuple("Job", "nodes columns kernel stripes smaps_of")
 
 
+def living_thread(node: Node, directory: int) -> str | None:
+    """Where in its directory the files about its memory are: if its first thread has ended, by
+    another; None if it has no memory.
+    """
+    if node.stat.flags & PF_KTHREAD:
+        return None
+    if node.stat.state not in ENDED:
+        return ""
+    for tid in os.listdir(proc(f"{node.pid}/task")) if node.stat.threads > 1 else ():
+        with contextlib.suppress(*VANISHED):
+            if parse_stat(read_file(f"task/{tid}/stat", directory)).state not in ENDED:
+                return f"task/{tid}/"
+    return None
+
+
 class Reading:
     """A process while it is read: raises one of VANISHED if it ends or calls exec.
 
@@ -397,60 +407,42 @@ class Reading:
     """
 
     def __init__(self, node: Node, job: Job, opened: list[int]) -> None:
-        """Page tables if the job has a kernel, and figures if any of FROM_SMAPS are wanted."""
-        self._opened = opened  # for the caller to close
+        """Page tables if the job has a kernel, and figures if any of FROM_SMAPS are wanted.
+
+        `opened` gets what the caller has to close.
+        """
         self.files: list[FileVma] = []
         self.spans: Iterable[Span] = ()
-        self._smaps: int | None = None
-        directory = self._open(proc(str(node.pid)))
-        self.command = None
+        directory = os.open(proc(str(node.pid)), os.O_RDONLY)
+        opened.append(directory)
+        self.row: Row = {"pid": node.pid, "ppid": node.stat.ppid, "depth": node.depth}
         if "command" in job.columns:
             # Not psutil's: it reads all that a process may claim, and by way of its PID.
             cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
-            self.command = command_line(cmdline, node.stat.name)
-        self.user = psutil.Process(node.pid).username() if "user" in job.columns else None
-        alive = self._alive(node.stat, directory)
+            self.row["command"] = command_line(cmdline, node.stat.name)
+        if "user" in job.columns:
+            self.row["user"] = psutil.Process(node.pid).username()
+        alive, smaps = living_thread(node, directory), b""
         if alive is not None and job.columns & FROM_SMAPS and node.pid in job.smaps_of:
             try:
-                self._smaps = self._open(alive + "smaps_rollup", directory)
+                smaps = read_file(alive + "smaps_rollup", directory)
             except FileNotFoundError:  # before 4.14, or the process is gone
-                self._smaps = self._open(alive + "smaps", directory)
+                smaps = read_file(alive + "smaps", directory)
+            if not smaps:  # as after exit and exec
+                raise ProcessLookupError
+        self.row |= parse_figures(smaps)
         if alive is not None and job.kernel:
             self.path = proc(f"{node.pid}/{alive}pagemap")
-            self.pagemap = self._open(alive + "pagemap", directory)
+            self.pagemap = os.open(alive + "pagemap", os.O_RDONLY, dir_fd=directory)
+            opened.append(self.pagemap)
             maps = read_file(alive + "maps", directory)
-            if not maps:  # as after exit and exec
+            if not maps:
                 raise ProcessLookupError
             areas, self.files = parse_maps(maps, job.stripes)
-            self.spans = spans_of(areas, job.stripes, self.pagemap, job.kernel.scan)
+            self.spans = spans_of(areas, job.stripes, self.pagemap)
         stat = parse_stat(read_file("stat", directory))
         if (stat.started, stat.image) != (node.stat.started, node.stat.image):
             raise ProcessLookupError
-
-    def _open(self, name: str, directory: int | None = None) -> int:
-        self._opened.append(os.open(name, os.O_RDONLY, dir_fd=directory))
-        return self._opened[-1]
-
-    def _alive(self, stat: Stat, directory: int) -> str | None:
-        """Where the files about its memory are: if its first thread has ended, by another."""
-        if stat.flags & PF_KTHREAD:
-            return None
-        if stat.state not in ENDED:
-            return ""
-        for tid in os.listdir(self._open("task", directory)) if stat.threads > 1 else ():
-            with contextlib.suppress(*VANISHED):
-                if parse_stat(read_file(f"task/{tid}/stat", directory)).state not in ENDED:
-                    return f"task/{tid}/"
-        return None
-
-    def figures(self) -> Counter[bytes]:
-        """The kernel's own, in KiB, if they are wanted."""
-        if self._smaps is None:
-            return Counter()
-        figures = parse_figures(read_rest(self._smaps))
-        if not figures:
-            raise ProcessLookupError
-        return figures
 
     def chunks(self) -> Iterator[Chunk]:
         for start, end in self.spans:
@@ -467,7 +459,7 @@ MAX_READ, MIN_READ = 1 << 15, PMD_PAGES
 READ_WHOLE = 1 << 13  # pages that are read without a look for what is resident
 
 
-def spans_of(areas: list[Area], stripes: range | None, pagemap: int, scan: bool) -> Iterator[Span]:
+def spans_of(areas: list[Area], stripes: range | None, pagemap: int) -> Iterator[Span]:
     """Spans of pages that hold whatever is resident and little else.
 
     They end at multiples of PMD_PAGES, if an area goes on there: no huge page is cut.
@@ -475,8 +467,7 @@ def spans_of(areas: list[Area], stripes: range | None, pagemap: int, scan: bool)
     for start, last, shift in areas:
         size = MIN_READ
         while start < last:
-            look = scan and last - start > READ_WHOLE
-            found = next_resident(pagemap, start, last) if look else start
+            found = next_resident(pagemap, start, last) if last - start > READ_WHOLE else start
             if found == last:
                 break
             limit = last
@@ -530,16 +521,7 @@ def filled(lanes: int) -> int:
 
 def planes_of(words: bytes, at: int) -> list[int]:
     """The numbers in entries: from lane `at` on the lowest bytes of all, then the next."""
-    columns = [words[i::WORD] for i in range(NUMBER_BYTES)]
-    empty = bytes(len(words) // WORD)  # as the highest are, mostly
-    return [
-        0 if column == empty else int.from_bytes(column, "little") << 8 * at for column in columns
-    ]
-
-
-def huge_page(entry: int) -> bytes:
-    """The entries of a PMD-mapped huge page that begin with this one."""
-    return (RAMP + entry * ONES).to_bytes(PMD_PAGES * WORD, "little")
+    return [int.from_bytes(words[i::WORD], "little") << 8 * at for i in range(NUMBER_BYTES)]
 
 
 def lazy_bytes(size: int) -> mmap.mmap:
@@ -582,12 +564,8 @@ class Block:
     def enter(self, planes: list[int], lanes: int) -> None:
         """Know these numbers, in lanes not known before."""
         fill = filled(lanes)
-        self.planes = [old | new & fill for old, new in zip(self.planes, planes)]
+        self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.known |= lanes
-
-    def forget(self, lanes: int) -> None:
-        self.planes = [plane & ~filled(lanes) for plane in self.planes]
-        self.known &= ~lanes
 
     def numbers(self, lanes: int) -> list[int]:
         """The numbers known in these lanes."""
@@ -633,7 +611,7 @@ class Ledger:
         self.uss = uss
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
         self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
-        # What _find() told of entries last met, by their DIGEST, if all were entered.
+        # What _find() told of entries last met, by their DIGEST, if few of them are strays.
         self.recent: dict[int, Known] = {}
         self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each number; see reach()
         self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
@@ -673,9 +651,7 @@ class Ledger:
         if number >= len(self.marks):
             self.marks.resize((number // MARKS_GROWTH + 1) * MARKS_GROWTH)
 
-    def add(
-        self, words: bytes, lanes: bytes | bytearray, first: int, end: int, place: Place
-    ) -> None:
+    def add(self, words: bytes, lanes: Lanes, first: int, end: int, place: Place) -> None:
         """Take in the process's entries from `first` up to `end`, if `lanes` marks them.
 
         `place` is where entry 0 is, or would be.
@@ -691,12 +667,12 @@ class Ledger:
             content = DIGEST((key, at, part, bytes(chosen)))
             known = self.recent.pop(content, None) or self._find(key, part, chosen, at)
             low = lanes.find(0x80, stop, end)
-            found, lone, complete = known
-            if complete:
+            found, strays = known
+            if len(strays) <= MAX_LONE:  # more would take too much memory
                 self.recent[content] = known  # now the last to go
                 if len(self.recent) > min(2 * len(self.blocks), RECENT):
                     del self.recent[next(iter(self.recent))]
-            for number in lone:
+            for number in strays:
                 self.strays[number] += 1
             for block, same, number in found:
                 every = self.own[block]
@@ -705,22 +681,20 @@ class Ledger:
                     same, number = same | others, number + many
                 every.append((same, number))
 
-    def _find(self, key: Place, words: bytes, chosen: bytes | bytearray, at: int) -> Known:
+    def _find(self, key: Place, words: bytes, chosen: Lanes, at: int) -> Known:
         """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
         found: list[Found] = []
-        lone: list[int] = []
-        complete = True
         blocks, depth = self.blocks[key], 0
         if not blocks and chosen.count(0x80) <= MAX_LONE:
-            return self._enter_lone(words, chosen)
+            return found, self._enter_lone(words, chosen)
+        strays: list[int] = []
         left = int.from_bytes(chosen, "little") << 8 * at
         planes: list[int] = []
         while left:
             if depth == len(blocks):
                 rest = octets(left >> 8 * at)
                 if rest.count(0x80) <= MAX_LONE:
-                    _, lone, all_new = self._enter_lone(words, rest)
-                    complete = complete and all_new
+                    strays += self._enter_lone(words, rest)
                     break
                 mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
                 blocks.append(Block(self.of_file.setdefault(key[0], mark)))
@@ -730,17 +704,16 @@ class Ledger:
             same = block.same(planes, left)
             fresh = left & ~(same | block.known)
             if fresh:
-                new = self._enter(block.mark, words, fresh >> 8 * at) << 8 * at
+                new = self._enter(block.mark, words, fresh >> 8 * at, strays) << 8 * at
                 block.enter(planes, new)
                 self.entered[block] |= new
-                complete = complete and new == fresh
                 same |= new
             if same:
                 found.append((block, same, how_many(same >> 8 * at)))
             left &= ~(same | fresh)
-        return found, lone, complete
+        return found, strays
 
-    def _enter(self, mark: int, words: bytes, lanes: int) -> int:
+    def _enter(self, mark: int, words: bytes, lanes: int, strays: list[int]) -> int:
         """Mark the numbers in these lanes that nobody had, and return their lanes."""
         chosen, marks = octets(lanes), self.marks
         numbers = numbers_of(words[: len(chosen) * WORD])
@@ -754,22 +727,23 @@ class Ledger:
                 marks[number] = mark
             else:
                 return lanes
-        done = len(numbers) - 1 - length_hint(left)
+        rest = [number, *left]
         entered = bytearray(chosen)
-        places = islice(compress(count(), chosen), done, None)
-        for at, new in zip(places, self._mark_each(numbers[done:], mark)):
+        places = islice(compress(count(), chosen), len(numbers) - len(rest), None)
+        for at, new in zip(places, self._mark_each(rest, mark, strays)):
             if not new:
                 entered[at] = 0
         return int.from_bytes(entered, "little")
 
-    def _enter_lone(self, words: bytes, chosen: bytes | bytearray) -> Known:
-        """As _find(), for entries that get no Block."""
+    def _enter_lone(self, words: bytes, chosen: Lanes) -> list[int]:
+        """Mark the chosen numbers that nobody had, outside of any Block: all are strays."""
+        strays: list[int] = []
         numbers = list(compress(numbers_of(words), chosen))
-        lone = list(compress(numbers, self._mark_each(numbers, LONE)))
+        lone = list(compress(numbers, self._mark_each(numbers, LONE, strays)))
         self.lone += lone
-        return [], lone, len(lone) == len(numbers)
+        return strays + lone
 
-    def _mark_each(self, numbers: list[int], mark: int) -> Iterator[bool]:
+    def _mark_each(self, numbers: list[int], mark: int, strays: list[int]) -> Iterator[bool]:
         """Mark the numbers that nobody had, and tell of each whether; others are strays."""
         self.reach(max(numbers))
         marks = self.marks
@@ -778,7 +752,7 @@ class Ledger:
             if not had:
                 marks[number] = mark
             elif had != UNREAL:
-                self.strays[number] += 1
+                strays.append(number)
             yield not had
 
     def claim(self, first: int) -> bool:
@@ -806,8 +780,8 @@ class Ledger:
             distinct += number
             if astray:
                 astray.difference_update(block.numbers(lanes))
-        for number, times in self.strays.items() if self.uss else ():
-            self.astray[number] += times
+        if self.uss:
+            self.astray.update(self.strays)
         self.claimed += self.claims
         self._begin()
         return distinct + len(astray), new
@@ -818,17 +792,12 @@ class Ledger:
         for block, lanes in self.entered.items():
             for number in block.numbers(lanes):
                 self.marks[number] = 0
-            block.forget(lanes)
+            block.known &= ~lanes
         for number in self.lone:
             self.marks[number] = 0
         for first in self.claims:
             self.marks[first : first + PMD_PAGES] = bytes(PMD_PAGES)
         self._begin()
-
-
-# Frames and swap slots of a process, and those of them that nobody had before; whether its
-# memory is another's.
-Count = namedtuple("Count", "frames new_frames slots new_slots twin")
 
 
 class Census:
@@ -839,25 +808,25 @@ class Census:
         self.uss = uss  # whether TOTAL's is wanted
         self.frames = Ledger(uss)
         self.slots: defaultdict[int, Ledger] = defaultdict(lambda: Ledger(False))  # by swap type
-        self.private = 0  # ANON_EXCLUSIVE frames
+        self.private = self.pages = 0  # ANON_EXCLUSIVE frames; pagemap entries read
         for pfn in kernel.zero_pages if kernel else ():
             self.frames.reach(pfn)
             self.frames.marks[pfn] = UNREAL
         # By page and PFN of a process's first ANON_EXCLUSIVE frame, where its pagemap is, and
-        # the count of any other that has the same: they share their memory (vfork, CLONE_VM).
-        self.witnesses: dict[tuple[int, int], tuple[str, Count]] = {}
+        # what any other counts that has the same: they share their memory (vfork, CLONE_VM).
+        self.witnesses: dict[tuple[int, int], tuple[str, Row]] = {}
 
-    def process(
-        self, reading: Reading, tell: Callable[[int], None]
-    ) -> tuple[Count, Counter[bytes]]:
-        """Count one process, and read its figures; tell of pages read.
+    def process(self, reading: Reading, tell: Callable[[int], None]) -> Row:
+        """Count one process; tell of pages read, of all processes.
 
+        Also `new_swap`, which nobody had before, and `twin`, if its memory is another's.
         If that raises an error, it is as if the process had never been met.
         """
         private, witness = 0, None
         try:
             for start, words in reading.chunks():
-                tell(len(words) // WORD)
+                self.pages += len(words) // WORD
+                tell(self.pages)
                 kinds = words[FLAGS::WORD].translate(KINDS)
                 if not witness and ANON_EXCLUSIVE in kinds:  # true of a huge page's first page, too
                     at = kinds.index(ANON_EXCLUSIVE)
@@ -865,13 +834,12 @@ class Census:
                     twin = self._twin(witness, reading)
                     if twin:
                         self.rollback()
-                        return twin, reading.figures()
+                        return twin
                 kinds = self._real_kinds(start, words, kinds)
                 privates = kinds.count(ANON_EXCLUSIVE)
                 private += privates
                 if privates + kinds.count(NOTHING) < len(kinds):
                     self._shared(start, words, kinds, reading.files)
-            figures = reading.figures()
         except BaseException:
             self.rollback()
             raise
@@ -881,15 +849,19 @@ class Census:
             more, new = ledger.commit()
             slots, new_slots = slots + more, new_slots + new
         self.private += private
+        frames += private
+        row: Row = {"frames": frames, "unique": private + new_frames, "size": frames * PAGE_SIZE}
+        row |= {"swap": slots * PAGE_SIZE, "new_swap": new_slots * PAGE_SIZE, "twin": False}
         if witness:
-            self.witnesses[witness] = reading.path, Count(private + frames, 0, slots, 0, True)
-        return Count(private + frames, private + new_frames, slots, new_slots, False), figures
+            twin = {**row, "unique": 0, "new_swap": 0, "twin": True}
+            self.witnesses[witness] = reading.path, twin
+        return row
 
     def rollback(self) -> None:
         for ledger in self.frames, *self.slots.values():
             ledger.rollback()
 
-    def _twin(self, witness: tuple[int, int], reading: Reading) -> Count | None:
+    def _twin(self, witness: tuple[int, int], reading: Reading) -> Row | None:
         """The count, if a process has the same ANON_EXCLUSIVE frame at this moment."""
         path, counted = self.witnesses.get(witness, ("", None))
         if counted:
@@ -913,7 +885,8 @@ class Census:
                 continue  # the usual case: PFNs of huge pages end in zeros
             entry = int.from_bytes(words[at * WORD : (at + 1) * WORD], "little")
             pfn = entry & NUMBER_MASK
-            if pfn % PMD_PAGES or words[at * WORD : (at + PMD_PAGES) * WORD] != huge_page(entry):
+            huge = (RAMP + entry * ONES).to_bytes(PMD_PAGES * WORD, "little")  # if it begins one
+            if pfn % PMD_PAGES or words[at * WORD : (at + PMD_PAGES) * WORD] != huge:
                 continue
             if kind == ANON_EXCLUSIVE and not self.frames.claim(pfn):
                 kind = ANON_OR_DEVICE
@@ -977,7 +950,7 @@ class Census:
             if own == before:
                 break
             for number in (own - before) + (before - own):  # code that ran for the first time
-                (mapcount,) = unpack(read_words(self.kernel.count, number, 1))
+                (mapcount,) = unpack(read_words(self.kernel.kpagecount, number, 1))
                 counts[number], many[number] = min(mapcount, MANY), mapcount
         alone = self.private
         # What is left when mappings that no Block knows of, and memuse's own, are taken off:
@@ -1004,7 +977,7 @@ class Census:
         many: dict[int, int] = {}
         counts = lazy_bytes(len(frames.marks))
         for first, marks in frames.marked():
-            words = read_words(self.kernel.count, first, len(marks))
+            words = read_words(self.kernel.kpagecount, first, len(marks))
             low = words[::WORD]
             mapcounts: Sequence[int] = low
             if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
@@ -1068,44 +1041,19 @@ def process_tree(roots: list[int]) -> list[Node]:
     return list(walk([(root, 0) for root in reversed(tops)]).values())
 
 
-def row_of(node: Node, reading: Reading, counted: Count, kib: Counter[bytes]) -> Row:
-    return {
-        "pid": node.pid,
-        "ppid": node.stat.ppid,
-        "depth": node.depth,
-        "user": reading.user,
-        "frames": counted.frames,
-        "unique": counted.new_frames,
-        "new_slots": counted.new_slots,
-        "twin": counted.twin,
-        "size": counted.frames * PAGE_SIZE,
-        "rss": kib[b"Rss"] * 1024,
-        "pss": kib[b"Pss"] * 1024,
-        "uss": (kib[b"Private_Clean"] + kib[b"Private_Dirty"] + kib[b"Private_Hugetlb"]) * 1024,
-        "swap": counted.slots * PAGE_SIZE,
-        "command": reading.command,
-    }
-
-
 def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
     """What becomes of each process; Unfit if one changes of which the job is only a part."""
-    census, pages = Census(job.kernel, "uss" in job.columns), 0
+    census = Census(job.kernel, "uss" in job.columns)
     outcomes: list[Outcome] = []
     opened: list[int] = []
-
-    def read(more: int = 0) -> None:
-        nonlocal pages
-        pages += more
-        tell(len(outcomes), pages)
-
     for node in job.nodes:
-        read()
+        told = functools.partial(tell, len(outcomes))
+        told(census.pages)
         outcome: Outcome = "it changed whenever it was read"
         for _ in range(3):
             try:
                 reading = Reading(node, job, opened)
-                counted, kib = census.process(reading, read)
-                outcome = row_of(node, reading, counted, kib)
+                outcome = {**reading.row, **census.process(reading, told)}
                 break
             except VANISHED:
                 stat = stat_of(node.pid)
@@ -1139,8 +1087,6 @@ def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
 # A second process takes less time from so many pages on, beyond those in each process that take
 # as long to read as its files to open, which both have to do.
 FORK_FROM, OPENING = 1 << 17, 1 << 13
-# What is a sum of the two parts, in a row.
-SUMS = "frames", "unique", "size", "rss", "pss", "uss", "swap", "new_slots"
 
 
 def shares_of(job: Job) -> list[Job]:
@@ -1202,9 +1148,10 @@ def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
+    sums = FROM_PAGEMAP | FROM_SMAPS | {"new_swap"}
     for one, another in zip(outcomes, others):
         if isinstance(one, dict) and isinstance(another, dict) and one["twin"] == another["twin"]:
-            one.update({name: one[name] + another[name] for name in SUMS})
+            one.update({name: one[name] + another[name] for name in sums})
         elif one != another:
             raise Unfit
     return outcomes, alone + others_alone
@@ -1264,10 +1211,10 @@ def measure(
             raise Error(f"process {node.pid} exited while it was being read")
     rows = [outcome for outcome in outcomes if isinstance(outcome, dict)]
     skipped = {node.pid: why for node, why in zip(nodes, outcomes) if isinstance(why, str)}
-    total: Row = {name: sum(row[name] for row in rows) for name in ("rss", "pss", "unique")}
+    sums = "rss", "pss", "unique", "new_swap"
+    total: Row = {name: sum(row[name] for row in rows) for name in sums}
     total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
-    total |= {"swap": sum(row["new_slots"] for row in rows) * PAGE_SIZE}
-    total |= {"command": plural(len(rows))}
+    total |= {"swap": total["new_swap"], "command": plural(len(rows))}
     if kernel and "uss" in wanted:
         total["uss"] = alone * PAGE_SIZE
     return Report(rows, total, skipped, outcomes.count(None))
@@ -1304,10 +1251,6 @@ def human(size: int) -> str:
 
 def plural(number: int) -> str:
     return f"{number} process{'' if number == 1 else 'es'}"
-
-
-def kibibytes(size: int) -> str:
-    return str(size // 1024)
 
 
 def tree_lines(depths: list[int], ascii_only: bool) -> list[str]:
@@ -1394,7 +1337,7 @@ class Progress:
 
     def clear(self) -> None:
         if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            os.write(2, b"\r\033[K")
             self.shown = False
 
 
@@ -1434,7 +1377,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"columns:\n{columns}\n\ndefault: {IN_TABLE}; sizes in KiB",
     )
     add, unit = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    const: Any = {"dest": "size", "action": "store_const"}
+    const: Any = {"dest": "size", "action": "store_const", "default": lambda n: str(n // 1024)}
     unit("-b", "--bytes", const=str, help="sizes in bytes", **const)
     unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **const)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
@@ -1442,7 +1385,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--help", action="help", help="show this and exit")
     add("--version", action="version", version=f"memuse {__version__}")
     add("pids", metavar="PID", type=pid_argument, nargs="+", help="a process, with all below it")
-    parser.set_defaults(size=kibibytes)
     return parser.parse_args(argv)
 
 
@@ -1485,12 +1427,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def interrupt(*_: Any) -> None:
         # At once: an exception could be lost in a destructor, or tell its traceback at exit.
-        if progress.shown:
-            os.write(2, b"\r\033[K")
+        progress.clear()
         os._exit(130)
 
-    before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN:  # as it is for what a script runs in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
         signal.signal(signal.SIGINT, interrupt)
     try:
         if sys.stdout is None:
@@ -1512,8 +1452,6 @@ def main(argv: list[str] | None = None) -> int:
             os._exit(1)
         where = os.fsdecode(error.filename) if error.filename else "reading"
         messages.append(f"{where}: {error.strerror}")
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     progress.clear()
     write("".join(f"memuse: {message}\n" for message in messages), sys.stderr)
     return status
