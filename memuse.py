@@ -59,12 +59,11 @@ if TYPE_CHECKING:
     FileVma = tuple[int, int, int, bytes]
     # What is mapped, to be read whole; or, with the shift from pages to places, by stripes.
     Area = tuple[int, int, int | None]
-    Chunk = tuple[int, bytes]  # a page, and the pagemap entries from there on
     Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
     Tell = Callable[[int, int], None]  # of processes and pages read
     Row = dict[str, Any]  # by names of columns; sizes in bytes
     Outcome = Row | str | None  # why a process is left out, or None if it exited
-    Lanes = bytes | bytearray  # one for each entry: 0x80 where it is marked
+    Chosen = bytes | bytearray  # one for each entry: 0x80 where it is chosen
     Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
     Known = tuple[list[Found], list[int]]  # and the strays among them
 
@@ -76,7 +75,7 @@ class Error(Exception):
 
 
 class Unfit(Exception):
-    """What two processes counted does not make a whole."""
+    """What two processes counted cannot be added up: one has to count everything anew."""
 
 
 # What reading a process raises once it has ended or called exec.
@@ -131,8 +130,29 @@ def kind_of(flags: int) -> int:
 # Tables for bytes.translate: flags to kinds; one byte to 0x80 and all others to 0; an entry's
 # lowest byte to its swap type.
 KINDS = bytes(map(kind_of, range(256)))
-LANES_OF = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]
+EQUALS = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]
 SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
+
+
+# ---- Columns ------------------------------------------------------------------
+
+COLUMNS = {
+    "pid": ("PID", "process"),
+    "ppid": ("PPID", "its parent"),
+    "user": ("USER", "its owner"),
+    "frames": ("FRAMES", "distinct page frames that hold its memory"),
+    "unique": ("+UNIQUE", "those of them that no row above has counted"),
+    "size": ("SIZE", "FRAMES as memory"),
+    "rss": ("RSS", "resident memory, the kernel's figure"),
+    "uss": ("USS", "what it alone maps; in TOTAL, what nobody outside maps"),
+    "pss": ("PSS", "resident memory divided by those who map it, the kernel's figure"),
+    "swap": ("SWAP", "distinct swap slots as memory"),
+    "command": ("COMMAND", "command line, drawn as a tree"),
+}
+FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
+SIZES, TEXTS = {"size", "rss", "uss", "pss", "swap"}, {"user", "command"}
+IN_TABLE = "pid,frames,unique,size,uss,pss,swap,command"
+IN_JSON = "pid,ppid,depth,frames,unique,size,rss,pss,uss,swap,command"
 
 
 # ---- Parsing ------------------------------------------------------------------
@@ -270,9 +290,10 @@ def own_pid() -> int:
 
 
 def read_file(name: str, directory: int | None = None, at_most: int = 0) -> bytes:
-    """A file, by its path from a directory that is open; or what one read of so many bytes gives.
+    """A file's bytes, its name relative to a directory that is open, if one is given.
 
-    By os.read(), for file objects would cost as much again.
+    With `at_most`, what a single read of so many bytes gives.  By os.read(), for file
+    objects would cost as much again.
     """
     fd = os.open(name, os.O_RDONLY, dir_fd=directory)
     try:
@@ -284,9 +305,9 @@ def read_file(name: str, directory: int | None = None, at_most: int = 0) -> byte
 
 
 def read_words(fd: int, first: int, number: int) -> bytes:
-    """Words from pagemap or /proc/kpage*, least significant byte first.
+    """Words of pagemap or /proc/kpage* from the `first` on, each least significant byte first.
 
-    Less than asked for, if the file ends or the process is gone.
+    Fewer than `number`, or none, if the file ends or the process is gone; else OSError.
     """
     try:
         words = os.pread(fd, number * WORD, first * WORD)
@@ -378,8 +399,8 @@ def is_exiting(stat: Stat) -> bool:
 # A process in the tree; when it was found, `stat` was so.
 Node = namedtuple("Node", "pid stat depth")
 
-# Processes to count, as nodes; a Kernel, or None to read no pagemap; which stripes, or None for
-# all; PIDs of which to read smaps.
+# nodes: the processes; columns: names of what is wanted; kernel: None to read no pagemap;
+# stripes: None for all; smaps_of: PIDs of those whose smaps to read.
 Job = namedtuple("Job", "nodes columns kernel stripes smaps_of")
 
 
@@ -444,7 +465,8 @@ class Reading:
         if (stat.started, stat.image) != (node.stat.started, node.stat.image):
             raise ProcessLookupError
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """First pages, and the pagemap entries from there on, in order of address."""
         for start, end in self.spans:
             words = read_words(self.pagemap, start, end - start)
             if len(words) != (end - start) * WORD:
@@ -486,7 +508,8 @@ def spans_of(areas: list[Area], stripes: range | None, pagemap: int) -> Iterator
 
 # ---- Counting -----------------------------------------------------------------
 
-LANES = 4 * PMD_PAGES
+LANES = 4 * PMD_PAGES  # pages to a Block; other sizes were no faster
+# As 64-bit words: ones; and 0, 1, 2 and so on.
 ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
 RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
 MAX_LONE = 16  # up to so many numbers at a place take less memory in a dictionary than a Block
@@ -601,7 +624,7 @@ class Ledger:
 
     This is exact because a number is entered at one place only: `marks` tells which
     are.  The lanes in which a process equals the Blocks are that many different
-    numbers, unless it maps a place twice, which `own` shows.  A number met elsewhere
+    numbers, unless it maps a place twice, which `matches` shows.  A number met elsewhere
     than where it was entered (KSM, mremap, buffers of drivers) is a stray, and
     strays are few enough for a dictionary.  So are lone numbers, at places where
     there are too few for a Block: they are in none, and strays from the first.
@@ -616,22 +639,22 @@ class Ledger:
         self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each number; see reach()
         self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
         self.claimed: list[int] = []  # first PFNs of ANON_EXCLUSIVE huge pages
-        self.astray: Counter[int] = Counter()  # strays, as often as the set maps them
+        self.stray_mappings: Counter[int] = Counter()  # how often the set maps each stray
         self._begin()
 
     def _begin(self) -> None:
         # Of the current process: lanes in which it equals Blocks, and how many; those it
         # entered; strays; new ones of these, which are lone; first PFNs of huge pages.
-        self.own: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
+        self.matches: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
         self.entered: defaultdict[Block, int] = defaultdict(int)
         self.strays: defaultdict[int, int] = defaultdict(int)
         self.lone: list[int] = []
         self.claims: list[int] = []
 
-    def mark(self, number: int) -> int:
+    def mark_of(self, number: int) -> int:
         return self.marks[number] if number < len(self.marks) else 0
 
-    def marked(self) -> Iterator[tuple[int, bytes]]:
+    def marked_runs(self) -> Iterator[tuple[int, bytes]]:
         """Runs of marked numbers, a GAP or more apart: the first, and the marks from there on."""
         for start in range(0, len(self.marks), MARKS_PART):
             marks, at = self.marks[start : start + MARKS_PART], start
@@ -651,22 +674,22 @@ class Ledger:
         if number >= len(self.marks):
             self.marks.resize((number // MARKS_GROWTH + 1) * MARKS_GROWTH)
 
-    def add(self, words: bytes, lanes: Lanes, first: int, end: int, place: Place) -> None:
-        """Take in the process's entries from `first` up to `end`, if `lanes` marks them.
+    def add(self, words: bytes, chosen: Chosen, first: int, end: int, place: Place) -> None:
+        """Take in the process's entries from `first` up to `end`, as far as they are chosen.
 
         `place` is where entry 0 is, or would be.
         """
         file, index = place
-        low = lanes.find(0x80, first, end)
+        low = chosen.find(0x80, first, end)
         while low >= 0:
             group, at = divmod(index + low, LANES)
             stop = min(low - at + LANES, end)
-            # Up to the last that is marked: what is a process's own beside them differs.
-            high = lanes.rfind(0x80, low, stop) + 1
-            key, part, chosen = (file, group), words[low * WORD : high * WORD], lanes[low:high]
-            content = DIGEST((key, at, part, bytes(chosen)))
-            known = self.recent.pop(content, None) or self._find(key, part, chosen, at)
-            low = lanes.find(0x80, stop, end)
+            # Up to the last that is chosen: what is a process's own beside them differs.
+            high = chosen.rfind(0x80, low, stop) + 1
+            key, part, which = (file, group), words[low * WORD : high * WORD], chosen[low:high]
+            content = DIGEST((key, at, part, bytes(which)))
+            known = self.recent.pop(content, None) or self._find(key, part, which, at)
+            low = chosen.find(0x80, stop, end)
             found, strays = known
             if len(strays) <= MAX_LONE:  # more would take too much memory
                 self.recent[content] = known  # now the last to go
@@ -675,13 +698,13 @@ class Ledger:
             for number in strays:
                 self.strays[number] += 1
             for block, same, number in found:
-                every = self.own[block]
-                if every and not every[-1][0] & same:  # so that few are kept
-                    others, many = every.pop()
+                matches = self.matches[block]
+                if matches and not matches[-1][0] & same:  # so that few are kept
+                    others, many = matches.pop()
                     same, number = same | others, number + many
-                every.append((same, number))
+                matches.append((same, number))
 
-    def _find(self, key: Place, words: bytes, chosen: Lanes, at: int) -> Known:
+    def _find(self, key: Place, words: bytes, chosen: Chosen, at: int) -> Known:
         """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
         found: list[Found] = []
         blocks, depth = self.blocks[key], 0
@@ -735,7 +758,7 @@ class Ledger:
                 entered[at] = 0
         return int.from_bytes(entered, "little")
 
-    def _enter_lone(self, words: bytes, chosen: Lanes) -> list[int]:
+    def _enter_lone(self, words: bytes, chosen: Chosen) -> list[int]:
         """Mark the chosen numbers that nobody had, outside of any Block: all are strays."""
         strays: list[int] = []
         numbers = list(compress(numbers_of(words), chosen))
@@ -769,19 +792,19 @@ class Ledger:
         new = len(self.lone) + sum(map(how_many, self.entered.values()))
         astray = {n for n in self.strays if self.marks[n] != LONE}
         distinct = len(self.strays) - len(astray)
-        for block, every in self.own.items():
-            for lanes, number in every if self.uss else ():
+        for block, matches in self.matches.items():
+            for lanes, number in matches if self.uss else ():
                 block.add_inside(lanes)
                 self.mapped[block.mark] += number
-            lanes, number = every[0]
-            if len(every) > 1:
-                lanes = functools.reduce(int.__or__, [lanes for lanes, _ in every])
+            lanes, number = matches[0]
+            if len(matches) > 1:
+                lanes = functools.reduce(int.__or__, [lanes for lanes, _ in matches])
                 number = how_many(lanes)
             distinct += number
             if astray:
                 astray.difference_update(block.numbers(lanes))
         if self.uss:
-            self.astray.update(self.strays)
+            self.stray_mappings.update(self.strays)
         self.claimed += self.claims
         self._begin()
         return distinct + len(astray), new
@@ -876,7 +899,8 @@ class Census:
 
         EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have
         its first page's bit (before 6.11, and seen again in 6.18), while others may
-        have its other pages, having copied or given up the first after a fork.  And
+        have its other pages, having copied or given up the first after a fork.  So such
+        a page is claimed in the ledger, and shared if any of it is there already.  And
         the huge zero page, which always comes whole, passes for a file's.
         """
         for at in range(-start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
@@ -897,8 +921,8 @@ class Census:
 
     def _shared(self, start: int, words: bytes, kinds: bytes, files: list[FileVma]) -> None:
         """Take in what others may have: what is a file's by its place there, else by address."""
-        of_file = bytearray(kinds.translate(LANES_OF[FILE_PAGE]))
-        shared = bytearray(kinds.translate(LANES_OF[ANON_OR_DEVICE]))
+        of_file = bytearray(kinds.translate(EQUALS[FILE_PAGE]))
+        shared = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
         size, maybe_devices = len(kinds), ANON_OR_DEVICE in kinds
         for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
             first, end, shift, file = files[i]
@@ -916,13 +940,13 @@ class Census:
                 end = min(end, size)
                 numbers = numbers_of(words[first * WORD : end * WORD])
                 for at, pfn in compress(enumerate(numbers, first), shared[first:end]):
-                    if not (self.frames.mark(pfn) or self.kernel.has(pfn, KPF_ANON)):
+                    if not (self.frames.mark_of(pfn) or self.kernel.has(pfn, KPF_ANON)):
                         shared[at] = 0
         for lanes in of_file, shared:
             if 0x80 in lanes:
                 self.frames.add(words, lanes, 0, size, (None, start))
         if IN_SWAP in kinds:
-            self._swapped(start, words, kinds.translate(LANES_OF[IN_SWAP]))
+            self._swapped(start, words, kinds.translate(EQUALS[IN_SWAP]))
 
     def _swapped(self, start: int, words: bytes, lanes: bytes) -> None:
         """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
@@ -930,15 +954,15 @@ class Census:
         offsets = (int.from_bytes(words, "little") >> SWAP_TYPE_BITS).to_bytes(len(words), "little")
         swapped = int.from_bytes(lanes, "little")
         for swap_type in {*compress(types, lanes)} & {*range(SWAP_TYPES)}:
-            of_type = int.from_bytes(types.translate(LANES_OF[swap_type]), "little")
+            of_type = int.from_bytes(types.translate(EQUALS[swap_type]), "little")
             real = (of_type & swapped).to_bytes(size, "little")
             self.slots[swap_type].add(offsets, real, 0, size, (None, start))
 
-    def set_uss(self, pids: list[int]) -> int:
-        """If wanted, how many frames have in the set all mappings that the kernel knows of.
+    def uss_of_set(self, pids: list[int]) -> int:
+        """How many frames have all their mappings in the set; 0 if that is not wanted.
 
-        Those are in /proc/kpagecount (pagemap.rst), of which only what is needed is read.
-        Mappings of the processes with these PIDs, which are memuse, are taken off.
+        How many they have tells /proc/kpagecount (pagemap.rst), of which only what is needed
+        is read.  Mappings of the processes with these PIDs, which are memuse, are taken off.
         """
         if not (self.kernel and self.uss):
             return 0
@@ -954,7 +978,7 @@ class Census:
                 counts[number], many[number] = min(mapcount, MANY), mapcount
         alone = self.private
         # What is left when mappings that no Block knows of, and memuse's own, are taken off:
-        for number, times in (frames.astray + own).items():
+        for number, times in (frames.stray_mappings + own).items():
             left = max(0, many.get(number, counts[number]) - times)
             counts[number], many[number] = min(left, MANY), left
             alone += frames.marks[number] == LONE and not left
@@ -972,11 +996,13 @@ class Census:
         return alone
 
     def _mapcounts(self) -> tuple[mmap.mmap, dict[int, int], list[int]]:
-        """Of all that is marked: a byte by PFN, at most MANY; others by PFN; sums by mark."""
+        """Of all frames that are marked: by PFN a byte with the mapcount, at most MANY; exact
+        mapcounts of those with MANY or more, by PFN; and by mark, the sum of mapcounts.
+        """
         frames, of_mark = self.frames, [0] * 256
         many: dict[int, int] = {}
         counts = lazy_bytes(len(frames.marks))
-        for first, marks in frames.marked():
+        for first, marks in frames.marked_runs():
             words = read_words(self.kernel.kpagecount, first, len(marks))
             low = words[::WORD]
             mapcounts: Sequence[int] = low
@@ -989,7 +1015,7 @@ class Census:
                 of_mark[marks[0]] += sum(mapcounts)
                 continue
             for mark in {*marks} - {0}:
-                of_mark[mark] += sum(compress(mapcounts, marks.translate(LANES_OF[mark])))
+                of_mark[mark] += sum(compress(mapcounts, marks.translate(EQUALS[mark])))
         return counts, many, of_mark
 
     def _own_mappings(self, pids: list[int]) -> Counter[int]:
@@ -1002,8 +1028,8 @@ class Census:
                     if file in files:
                         words = read_words(pagemap.fileno(), start, end - start)
                         kinds = words[FLAGS::WORD].translate(KINDS)
-                        pfns = compress(numbers_of(words), kinds.translate(LANES_OF[FILE_PAGE]))
-                        own.update(pfn for pfn in pfns if frames.mark(pfn) > CLAIMED)
+                        pfns = compress(numbers_of(words), kinds.translate(EQUALS[FILE_PAGE]))
+                        own.update(pfn for pfn in pfns if frames.mark_of(pfn) > CLAIMED)
         return own
 
 
@@ -1077,9 +1103,9 @@ def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
 
 
 def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
-    """What becomes of each process; how many frames only the set maps, if wanted."""
+    """What becomes of each process; and how many frames only the set maps, or 0."""
     census, outcomes = count_each(job, tell)
-    return outcomes, census.set_uss([own_pid()])
+    return outcomes, census.uss_of_set([own_pid()])
 
 
 # ---- Counting by two processes ------------------------------------------------
@@ -1128,8 +1154,8 @@ def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
         second_process(theirs, pages, first, end)
     os.close(end)
 
-    def tell_both(done: int, own: int) -> None:
-        tell(done, own + pages[0])
+    def tell_both(done: int, here: int) -> None:
+        tell(done, here + pages[0])
         if os.waitid(os.P_PID, other, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             raise Unfit
 
@@ -1137,7 +1163,7 @@ def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
         with open(answer, "rb") as file:
             census, outcomes = count_each(ours, tell_both)
             second = marshal.load(file)
-            alone = census.set_uss([first, second])
+            alone = census.uss_of_set([first, second])
             others, others_alone = marshal.load(file)
             for swap_type, start, marks in iter(functools.partial(marshal.load, file), None):
                 ledger = census.frames if swap_type is None else census.slots[swap_type]
@@ -1163,8 +1189,8 @@ def second_process(job: Job, pages: memoryview, first: int, end: int) -> NoRetur
         first_ended = select.poll()
         first_ended.register(end, 0)  # the other end of the pipe closes with it
 
-        def tell(_: int, own: int) -> None:
-            pages[0] = own
+        def tell(_: int, here: int) -> None:
+            pages[0] = here
             if first_ended.poll(0):
                 os._exit(1)
 
@@ -1173,10 +1199,10 @@ def second_process(job: Job, pages: memoryview, first: int, end: int) -> NoRetur
             marshal.dump(second, file)
             file.flush()
             census, outcomes = count_each(job, tell)
-            alone = census.set_uss([first, second])
+            alone = census.uss_of_set([first, second])
             marshal.dump((outcomes, alone), file)
             for swap_type, ledger in (None, census.frames), *census.slots.items():
-                for start, marks in ledger.marked():
+                for start, marks in ledger.marked_runs():
                     marshal.dump((swap_type, start, marks), file)
             marshal.dump(None, file)
             file.flush()
@@ -1184,6 +1210,8 @@ def second_process(job: Job, pages: memoryview, first: int, end: int) -> NoRetur
     finally:
         os._exit(1)
 
+
+# ---- The report ---------------------------------------------------------------
 
 # The processes, then all together; PIDs left out, and why; how many exited.
 Report = namedtuple("Report", "rows total skipped exited")
@@ -1221,24 +1249,6 @@ def measure(
 
 
 # ---- Output -------------------------------------------------------------------
-
-COLUMNS = {
-    "pid": ("PID", "process"),
-    "ppid": ("PPID", "its parent"),
-    "user": ("USER", "its owner"),
-    "frames": ("FRAMES", "distinct page frames that hold its memory"),
-    "unique": ("+UNIQUE", "those of them that no row above has counted"),
-    "size": ("SIZE", "FRAMES as memory"),
-    "rss": ("RSS", "resident memory, the kernel's figure"),
-    "uss": ("USS", "what it alone maps; in TOTAL, what nobody outside maps"),
-    "pss": ("PSS", "resident memory divided by those who map it, the kernel's figure"),
-    "swap": ("SWAP", "distinct swap slots as memory"),
-    "command": ("COMMAND", "command line, drawn as a tree"),
-}
-FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
-SIZES, TEXTS = {"size", "rss", "uss", "pss", "swap"}, {"user", "command"}
-IN_TABLE = "pid,frames,unique,size,uss,pss,swap,command"
-IN_JSON = "pid,ppid,depth,frames,unique,size,rss,pss,uss,swap,command"
 
 
 def human(size: int) -> str:
