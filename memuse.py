@@ -27,7 +27,6 @@ import array
 import contextlib
 import errno
 import functools
-import json
 import marshal
 import mmap
 import os
@@ -1312,6 +1311,8 @@ def cut(line: str, width: int) -> str:
 
 
 def as_json(report: Report, columns: list[str]) -> str:
+    import json  # not above: it would be a part of every start
+
     figures = [name for name in columns if name in FROM_PAGEMAP | FROM_SMAPS and name != "unique"]
     return json.dumps(
         {
