@@ -885,6 +885,19 @@ def test_where_nothing_is_read_there_is_no_second_process(scene: Build) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_figures_that_have_gone_are_read_anew(scene: Build) -> None:
+    """As after an exec to the same addresses, which stat does not show."""
+    pid = scene("forked").pid
+    change = """import memuse
+read_file, gone = memuse.read_file, [b""]
+def read(name, *arguments):
+    return gone.pop() if name == "smaps_rollup" and gone else read_file(name, *arguments)
+memuse.read_file = read"""
+    result = simulated(change, "-o", "pid,rss", pid)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == memuse("-o", "pid,rss", pid).stdout
+
+
 # The first process dies: when it has only begun, or waits for what the second has to tell.
 DIE_EARLY = """
 def die(kind, pid, *_):

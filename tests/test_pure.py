@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -208,6 +209,19 @@ def test_visible_shows_what_was_there() -> None:
     hostile = "a\x1b[2J\n\x9b\u202e\u200b\u2028\udcff\U000e0001\u00e9"
     shown = "a\\x1b[2J\\n\\x9b\\u202e\\u200b\\u2028\\xff\\U000e0001\u00e9"
     assert memuse.escaped(hostile) == shown
+
+
+def test_what_is_forgotten_leaves_nothing_in_a_block() -> None:
+    """A process that is forgotten, and another that has other frames in the same place."""
+    ledger, chosen = memuse.Ledger(uss=True), b"\x80" * 64
+    first, second = range(0x7FC0, 0x8000), range(0x100, 0x140)
+    ledger.add(struct.pack("<64Q", *first), chosen, 0, 64, (None, 0))
+    ledger.rollback()
+    ledger.add(struct.pack("<64Q", *second), chosen, 0, 64, (None, 0))
+    assert ledger.commit() == (64, 64)
+    (block,) = ledger.blocks[None, 0]
+    assert block.numbers(block.known) == list(second)
+    assert bytes(ledger.marks[first[0] : first[-1] + 1]) == bytes(64)
 
 
 def test_only_a_command_line_that_is_cut_shows_that() -> None:
