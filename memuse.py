@@ -1400,15 +1400,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def write(text: str, stream: TextIO | None) -> None:
-    """Error if stdout cannot take it, but for a reader that has had enough."""
+    """Error if stdout cannot take it, but for a reader that has had enough.
+
+    Not by the stream: one without a buffer (python -u) takes a part for the whole, and others
+    try again at Python's exit what has failed.
+    """
     if stream is None:  # stderr is closed
         return
+    left = text.encode(stream.encoding, stream.errors or "strict")
     try:
-        stream.write(text)
-        stream.flush()
+        while left:
+            left = left[os.write(stream.fileno(), left) :]
     except OSError as error:
-        # Python is not to try again at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise Error(f"cannot write: {error.strerror}") from None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import pwd
@@ -1046,6 +1045,16 @@ def test_everything_closed(closing: str) -> None:
     assert (result.stdout, result.stderr) == ("1\n", "")
 
 
+@pytest.mark.parametrize("form", ["", "--json"])
+@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1"])
+def test_a_file_that_takes_a_part(form: str, unbuffered: str, tmp_path: Path) -> None:
+    with shells([b"sh", *[b"z" * 60_000] * 3]) as (pid,):
+        code = f'ulimit -f 1; {unbuffered} "$@" {form} {pid} > {tmp_path}/out'
+        result = shell(code)
+    one_line(result, "cannot write: File too large")
+    assert (tmp_path / "out").stat().st_size == 1024
+
+
 @pytest.mark.parametrize("arguments", [["1"], ["none"], ["--help"]])
 def test_no_streams(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python has for stdout and stderr that are closed."""
@@ -1482,14 +1491,15 @@ COUNTED = ["--json", "-o", "pid,frames,unique,swap"]
 
 def check_made_up(made_up: MadeUp, torn: set[int]) -> None:
     """memuse's report, compared with sets."""
-    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = tool.main([*COUNTED, str(FIRST_PID)])
-    assert "Traceback" not in errors.getvalue()
-    output.seek(0)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            status = tool.main([*COUNTED, str(FIRST_PID)])
+        output.seek(0)
+        errors.seek(0)
+        report, told = json.load(output), errors.read()
+    assert "Traceback" not in told
     if not torn:
-        assert (status, errors.getvalue()) == (0, "")
-    report = json.load(output)
+        assert (status, told) == (0, "")
     seen: set[int] = set()
     swapped: set[int] = set()
     rows = []
