@@ -38,6 +38,7 @@ import time
 from bisect import bisect
 from collections import Counter, defaultdict, namedtuple
 from itertools import chain, compress, count, islice
+from operator import itemgetter
 
 try:
     import fcntl
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     Tell = Callable[[int, int], None]  # of processes and pages read
     Row = dict[str, Any]  # by names of columns; sizes in bytes
     Outcome = Row | str | None  # why a process is left out, or None if it exited
-    Chosen = bytes | bytearray  # one for each entry: 0x80 where it is chosen
     Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
     Known = tuple[list[Found], list[int]]  # and the strays among them
 
@@ -239,6 +239,8 @@ def parse_figures(smaps: bytes) -> Row:
     return {"rss": kib[b"Rss"] * 1024, "pss": kib[b"Pss"] * 1024, "uss": private * 1024}
 
 
+NO_FIGURES = parse_figures(b"")
+
 # Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `rss` in pages,
 # `image` where exec put code, stack, data and arguments.
 Stat = namedtuple("Stat", "state ppid flags threads started rss image name")
@@ -247,8 +249,8 @@ Stat = namedtuple("Stat", "state ppid flags threads started rss image name")
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
-    ppid, flags, threads, started, rss = (int(fields[i]) for i in (1, 6, 17, 19, 21))
-    image = [*fields[23:26], *fields[42:49]]
+    ppid, flags, threads, started, rss = map(int, itemgetter(1, 6, 17, 19, 21)(fields))
+    image = fields[23:26] + fields[42:49]
     return Stat(fields[0], ppid, flags, threads, started, rss, image, name)
 
 
@@ -442,7 +444,7 @@ class Reading:
             self.row["command"] = command_line(cmdline, node.stat.name)
         if "user" in job.columns:
             self.row["user"] = psutil.Process(node.pid).username()
-        alive, smaps = living_thread(node, directory), b""
+        alive, figures = living_thread(node, directory), NO_FIGURES
         if alive is not None and job.columns & FROM_SMAPS and node.pid in job.smaps_of:
             try:
                 smaps = read_file(alive + "smaps_rollup", directory)
@@ -450,7 +452,8 @@ class Reading:
                 smaps = read_file(alive + "smaps", directory)
             if not smaps:  # as after exit and exec
                 raise ProcessLookupError
-        self.row |= parse_figures(smaps)
+            figures = parse_figures(smaps)
+        self.row |= figures
         if alive is not None and job.kernel:
             self.path = proc(f"{node.pid}/{alive}pagemap")
             self.pagemap = os.open(alive + "pagemap", os.O_RDONLY, dir_fd=directory)
@@ -471,8 +474,6 @@ class Reading:
             if len(words) != (end - start) * WORD:
                 raise ProcessLookupError
             yield start, words
-        if self.spans and not read_words(self.pagemap, 0, 1):
-            raise ProcessLookupError  # a PAGEMAP_SCAN that finds nothing may not tell of that
 
 
 # How many entries to ask for at a time: few where memory is sparse.
@@ -490,6 +491,8 @@ def spans_of(areas: list[Area], stripes: range | None, pagemap: int) -> Iterator
         while start < last:
             found = next_resident(pagemap, start, last) if last - start > READ_WHOLE else start
             if found == last:
+                if not read_words(pagemap, 0, 1):  # gone, which PAGEMAP_SCAN may not tell
+                    raise ProcessLookupError
                 break
             limit = last
             if stripes is not None and shift is not None:  # up to the end of the stripe, if ours
@@ -673,7 +676,7 @@ class Ledger:
         if number >= len(self.marks):
             self.marks.resize((number // MARKS_GROWTH + 1) * MARKS_GROWTH)
 
-    def add(self, words: bytes, chosen: Chosen, first: int, end: int, place: Place) -> None:
+    def add(self, words: bytes, chosen: bytes, first: int, end: int, place: Place) -> None:
         """Take in the process's entries from `first` up to `end`, as far as they are chosen.
 
         `place` is where entry 0 is, or would be.
@@ -686,14 +689,16 @@ class Ledger:
             # Up to the last that is chosen: what is a process's own beside them differs.
             high = chosen.rfind(0x80, low, stop) + 1
             key, part, which = (file, group), words[low * WORD : high * WORD], chosen[low:high]
-            content = DIGEST((key, at, part, bytes(which)))
-            known = self.recent.pop(content, None) or self._find(key, part, which, at)
+            content = DIGEST((key, at, part, which))
+            known = self.recent.pop(content, None)
+            if not known:
+                known = self._find(key, part, which, at)
+                if len(self.recent) >= min(2 * len(self.blocks), RECENT):
+                    del self.recent[next(iter(self.recent))]
             low = chosen.find(0x80, stop, end)
             found, strays = known
             if len(strays) <= MAX_LONE:  # more would take too much memory
                 self.recent[content] = known  # now the last to go
-                if len(self.recent) > min(2 * len(self.blocks), RECENT):
-                    del self.recent[next(iter(self.recent))]
             for number in strays:
                 self.strays[number] += 1
             for block, same, number in found:
@@ -703,7 +708,7 @@ class Ledger:
                     same, number = same | others, number + many
                 matches.append((same, number))
 
-    def _find(self, key: Place, words: bytes, chosen: Chosen, at: int) -> Known:
+    def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> Known:
         """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
         found: list[Found] = []
         blocks, depth = self.blocks[key], 0
@@ -757,7 +762,7 @@ class Ledger:
                 entered[at] = 0
         return int.from_bytes(entered, "little")
 
-    def _enter_lone(self, words: bytes, chosen: Chosen) -> list[int]:
+    def _enter_lone(self, words: bytes, chosen: bytes) -> list[int]:
         """Mark the chosen numbers that nobody had, outside of any Block: all are strays."""
         strays: list[int] = []
         numbers = list(compress(numbers_of(words), chosen))
@@ -920,9 +925,10 @@ class Census:
 
     def _shared(self, start: int, words: bytes, kinds: bytes, files: list[FileVma]) -> None:
         """Take in what others may have: what is a file's by its place there, else by address."""
-        of_file = bytearray(kinds.translate(EQUALS[FILE_PAGE]))
+        of_file = kinds.translate(EQUALS[FILE_PAGE])
         shared = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
         size, maybe_devices = len(kinds), ANON_OR_DEVICE in kinds
+        add, here, past = self.frames.add, (None, start), 0
         for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
             first, end, shift, file = files[i]
             first, end = first - start, end - start  # of the entries, as far as they go
@@ -930,20 +936,17 @@ class Census:
                 break
             if first < 0:
                 first, end = 0, max(0, end)
-            if kinds.find(FILE_PAGE, first, end) >= 0:
-                end = min(end, size)
-                self.frames.add(words, of_file, first, end, (file, shift + start))
-                of_file[first:end] = bytes(end - first)
+            add(words, of_file, past, first, here)
+            add(words, of_file, first, end, (file, shift + start))
+            past = end
             # The process's own copies, or a device's:
             if maybe_devices and kinds.find(ANON_OR_DEVICE, first, end) >= 0:
-                end = min(end, size)
                 numbers = numbers_of(words[first * WORD : end * WORD])
                 for at, pfn in compress(enumerate(numbers, first), shared[first:end]):
                     if not (self.frames.mark_of(pfn) or self.kernel.has(pfn, KPF_ANON)):
                         shared[at] = 0
-        for lanes in of_file, shared:
-            if 0x80 in lanes:
-                self.frames.add(words, lanes, 0, size, (None, start))
+        add(words, of_file, past, size, here)
+        add(words, bytes(shared), 0, size, here)
         if IN_SWAP in kinds:
             self._swapped(start, words, kinds.translate(EQUALS[IN_SWAP]))
 

@@ -479,12 +479,12 @@ def test_no_row_mixes_what_a_process_was_before_and_after_exec() -> None:
 def test_a_root_that_dies_midway() -> None:
     """Its children live on, under another parent."""
     outcomes = set()
-    for step in range(12):
+    for step in range(13):
         with ready(TREE, 60) as process:
             command = [*MEMUSE, "--json", str(process.pid)]
             pipe = subprocess.PIPE
             with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:
-                time.sleep(0.05 + 0.02 * step)
+                time.sleep(0.02 * (step + 1))
                 process.kill()
                 process.wait()
                 stdout, stderr = run.communicate(timeout=60)
