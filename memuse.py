@@ -38,7 +38,6 @@ import time
 from bisect import bisect
 from collections import Counter, defaultdict, namedtuple
 from itertools import chain, compress, count, islice
-from operator import itemgetter
 
 try:
     import fcntl
@@ -249,8 +248,8 @@ Stat = namedtuple("Stat", "state ppid flags threads started rss image name")
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
-    ppid, flags, threads, started, rss = map(int, itemgetter(1, 6, 17, 19, 21)(fields))
-    image = fields[23:26] + fields[42:49]
+    ppid, flags, threads = int(fields[1]), int(fields[6]), int(fields[17])
+    started, rss, image = int(fields[19]), int(fields[21]), fields[23:26] + fields[42:49]
     return Stat(fields[0], ppid, flags, threads, started, rss, image, name)
 
 
@@ -633,7 +632,7 @@ class Ledger:
     """
 
     def __init__(self, uss: bool) -> None:
-        self.uss = uss
+        self.uss = uss  # whether TOTAL's is wanted
         self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
         self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
         # What _find() told of entries last met, by their DIGEST, if few of them are strays.
@@ -712,7 +711,7 @@ class Ledger:
         """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
         found: list[Found] = []
         blocks, depth = self.blocks[key], 0
-        if not blocks and chosen.count(0x80) <= MAX_LONE:
+        if not blocks and chosen.count(0x80) <= MAX_LONE:  # without what is made for many
             return found, self._enter_lone(words, chosen)
         strays: list[int] = []
         left = int.from_bytes(chosen, "little") << 8 * at
@@ -832,7 +831,6 @@ class Census:
 
     def __init__(self, kernel: Kernel | None, uss: bool) -> None:
         self.kernel: Any = kernel
-        self.uss = uss  # whether TOTAL's is wanted
         self.frames = Ledger(uss)
         self.slots: defaultdict[int, Ledger] = defaultdict(lambda: Ledger(False))  # by swap type
         self.private = self.pages = 0  # ANON_EXCLUSIVE frames; pagemap entries read
@@ -966,9 +964,9 @@ class Census:
         How many they have tells /proc/kpagecount (pagemap.rst), of which only what is needed
         is read.  Mappings of the processes with these PIDs, which are memuse, are taken off.
         """
-        if not (self.kernel and self.uss):
-            return 0
         frames = self.frames
+        if not (self.kernel and frames.uss):
+            return 0
         own = self._own_mappings(pids)
         counts, many, of_mark = self._mapcounts()
         for _ in range(3):
@@ -1131,7 +1129,7 @@ def shares_of(job: Job) -> list[Job]:
     ahead = (pages[1] - pages[0]) / (sum(pages) or 1)
     middle = round(len(STRIPES) * (1 + ahead) / 2)
     ours = job._replace(stripes=STRIPES[:middle], smaps_of=pids[0])
-    figures = job.columns - {"user", "command"}  # which are no sums
+    figures = job.columns - TEXTS  # which are no sums
     return [ours, job._replace(columns=figures, stripes=STRIPES[middle:], smaps_of=pids[1])]
 
 

@@ -1087,38 +1087,35 @@ memuse.fcntl.ioctl = refuse  # in process: no kernel here is without PAGEMAP_SCA
 FIGURES = "pid,frames,unique,size,swap,rss,uss"
 
 
+def check_simulated(change: str, pid: int) -> dict[str, Any]:
+    """What is counted with the change is what the reference counts."""
+    expected = reference.count(reference.tree(pid))
+    result = simulated(change, "--json", pid)
+    assert (result.returncode, result.stderr) == (0, "")
+    report: dict[str, Any] = json.loads(result.stdout)
+    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
+    assert rows == expected["rows"]
+    return report
+
+
 @pytest.mark.parametrize("name", ["zero", "guarded", "forked", "file_twice", "lone_thread"])
 @pytest.mark.parametrize("error", ["ENOTTY", "EINVAL"])
 def test_without_pagemap_scan(name: str, error: str, scene: Build) -> None:
     pid = scene(name).pid
-    expected = reference.count(reference.tree(pid))
-    result = simulated(NO_SCAN.format(name=error), "--json", pid)
-    assert (result.returncode, result.stderr) == (0, "")
-    report = json.loads(result.stdout)
-    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
-    assert rows == expected["rows"]
+    report = check_simulated(NO_SCAN.format(name=error), pid)
     with_scan = measured("-o", "pid,rss", pid)["processes"]
     assert [row["rss"] for row in report["processes"]] == [row["rss"] for row in with_scan]
 
 
 def test_without_pagemap_scan_hugetlb(scene: Build, hugetlb: None) -> None:
     """Its pages are not in Rss, by which VMAs are then chosen."""
-    pid = scene("hugetlb").pid
-    expected = reference.count(reference.tree(pid))
-    report = json.loads(simulated(NO_SCAN.format(name="ENOTTY"), "--json", pid).stdout)
-    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
-    assert rows == expected["rows"]
+    check_simulated(NO_SCAN.format(name="ENOTTY"), scene("hugetlb").pid)
 
 
 def test_an_interpreter_with_short_hashes(scene: Build) -> None:
     """One of 32 bits, on a kernel of 64; in process: there is none here."""
-    pid = scene("forked").pid
-    expected = reference.count(reference.tree(pid))
     change = "sys.hash_info = type('', (), {'width': 32})\nimport memuse\n"
-    change += "assert memuse.DIGEST is tuple"
-    report = json.loads(simulated(change, "--json", pid).stdout)
-    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
-    assert rows == expected["rows"]
+    check_simulated(change + "assert memuse.DIGEST is tuple", scene("forked").pid)
 
 
 # smaps of Linux 2.6.29 (proc.rst of then): no AnonHugePages, KSM, Pss_Dirty, hugetlb, VmFlags.
@@ -1139,10 +1136,8 @@ OLD_FIELDS = (
 
 def test_smaps_without_newer_fields(scene: Build, tmp_path: Path) -> None:
     pid = scene("forked").pid
-    pids = reference.tree(pid)
-    expected = reference.count(pids)
     rss = {}
-    for each in pids:
+    for each in reference.tree(pid):
         lines = Path(f"/proc/{each}/smaps").read_text().splitlines(keepends=True)
         old = [x for x in lines if x.split()[0][-1] != ":" or x.split(":")[0] in OLD_FIELDS]
         assert 0 < len(old) < len(lines) * 2 / 3
@@ -1159,11 +1154,7 @@ def test_smaps_without_newer_fields(scene: Build, tmp_path: Path) -> None:
         "os.remove(f'{fake}/self')\nos.symlink(str(os.getpid()), f'{fake}/self')\n"
         "os.symlink(f'/proc/{os.getpid()}', f'{fake}/{os.getpid()}')"
     )
-    result = simulated(change, "--json", pid)
-    assert (result.returncode, result.stderr) == (0, "")
-    report = json.loads(result.stdout)
-    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
-    assert rows == expected["rows"]
+    report = check_simulated(change, pid)
     assert {row["pid"]: row["rss"] for row in report["processes"]} == rss
 
 
@@ -1313,13 +1304,7 @@ sys.byteorder = "big"
 
 @pytest.mark.parametrize("name", ["forked", "zero", "guarded", "huge"])
 def test_big_endian(name: str, scene: Build, thp: None) -> None:
-    pid = scene(name).pid
-    expected = reference.count(reference.tree(pid))
-    result = simulated(BIG_ENDIAN, "--json", pid)
-    assert (result.returncode, result.stderr) == (0, "")
-    report = json.loads(result.stdout)
-    rows = [(row["pid"], row["frames"], row["unique"], row["swap"]) for row in report["processes"]]
-    assert rows == expected["rows"]
+    check_simulated(BIG_ENDIAN, scene(name).pid)
 
 
 # ---- Made-up memory -------------------------------------------------------------
