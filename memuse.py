@@ -1,259 +1,375 @@
 #!/usr/bin/env python3
 """Count the physical memory that a tree of processes really occupies.
 
-    sudo ./memuse.py PID
+    $ sudo ./memuse.py 11945
+      PID FRAMES +UNIQUE   SIZE   TREE  FREED    PSS SWAP COMMAND
+    11945  53248   53248 212992 225660 223508  73441    0 python3 server.py
+    11947  52607    1593 210428 210428   6304  75129    0  ├─ python3 server.py
+    11948  52607    1574 210428 210428   6296  75125    0  └─ python3 server.py
+    TOTAL  56415   56415 225660 225660 223508 223695    0 KiB, 3 processes
 
-RSS, summed over forked processes, counts shared and copy-on-write pages again
-and again; PSS estimates.  memuse reads the page tables of every process in the
-tree and counts each physical page frame once.
+find_processes() makes rows of PIDs and control groups.  Reader reads one process whole, and Census
+counts it: its Ledger tells which frames other rows have too.  kernel_figures() are read in a
+thread meanwhile.  Census.add_up() makes TREE and FREED of it, table() or as_json() the output.
 
-It needs Linux, Python 3.9, psutil, and CAP_SYS_ADMIN: the kernel shows page
-frame numbers (PFNs) to nobody else.  It reads, and changes nothing.
-
-The kernel's interface is described in its Documentation/admin-guide/mm/pagemap.rst
-and Documentation/filesystems/proc.rst, "pagemap.rst" and "proc.rst" below.
+The kernel's interface is described in its Documentation/admin-guide/mm/pagemap.rst and
+Documentation/filesystems/proc.rst, "pagemap.rst" and "proc.rst" below.  PFN: page frame number.
 """
 
 from __future__ import annotations
 
-import signal
+import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Until main() can do better: Ctrl-C during the imports.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.version_info < (3, 9):
+    raise SystemExit(f"memuse: needs Python 3.9 or newer, and {sys.executable} is older")
 
 import argparse
 import array
 import contextlib
 import errno
 import functools
-import marshal
 import mmap
 import os
 import re
-import select
+import signal
 import struct
-import sys
+import threading
 import time
 from bisect import bisect
-from collections import Counter, defaultdict, namedtuple
-from itertools import chain, compress, count, islice
+from collections import Counter, defaultdict
+from itertools import compress, count
+from operator import itemgetter, le
+from typing import NamedTuple
 
 try:
     import fcntl
 
     import psutil
-except (ImportError, MemoryError, OSError) as error:
-    needs = "it needs Linux, and psutil (apt install python3-psutil, or pip install psutil)"
-    raise SystemExit(f"memuse: {str(error) or 'not enough memory'}; {needs}") from None
+except ImportError as missing:
+    raise SystemExit(
+        f"memuse: {sys.executable}: {missing}; memuse needs Linux and psutil. Install it for this"
+        f" interpreter ({sys.executable} -m pip install psutil), or run memuse by one that has it"
+        f" (after apt install python3-psutil: sudo /usr/bin/python3 {sys.argv[0]} PID)"
+    ) from None
 
-TYPE_CHECKING = False  # the module typing alone would take a tenth of a short run
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any, NoReturn, TextIO
 
-    Span = tuple[int, int]  # from a page up to another
-    # From a page up to another; the shift from them to pages of the file; the file: its
-    # device and inode, or a special mapping's name.
-    FileVma = tuple[int, int, int, bytes]
-    # What is mapped, to be read whole; or, with the shift from pages to places, by stripes.
-    Area = tuple[int, int, int | None]
-    Place = tuple[bytes | None, int]  # a file, or None for the address space; a page in it
-    Tell = Callable[[int, int], None]  # of processes and pages read
-    Row = dict[str, Any]  # by names of columns; sizes in bytes
-    Outcome = Row | str | None  # why a process is left out, or None if it exited
-    Found = tuple["Block", int, int]  # lanes in which entries equal it, and how many
-    Known = tuple[list[Found], list[int]]  # and the strays among them
+    Range = tuple[int, int]  # from a page up to, and without, another
+    Place = tuple[bytes | None, int]  # a file, or None for the address space; a group of pages
+    Record = tuple[int, int, int, int]  # of a frame; see Block.records()
+    Row = dict[str, Any]  # a process or TOTAL, by column; what was not read, has no figure
+    KernelFigures = dict[str, int] | OSError | MemoryError | None
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 
 class Error(Exception):
     """What can be expected to go wrong, told in the one line that the user sees."""
 
 
-class Unfit(Exception):
-    """What two processes counted cannot be added up: one has to count everything anew."""
-
-
 # What reading a process raises once it has ended or called exec.
 VANISHED = (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess)
 
 
-# ---- The kernel's interface ---------------------------------------------------
+# ---- The kernel's interface ---------------------------------------------------------------------
 
-PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in native order
-PMD_PAGES = PAGE_SIZE // WORD  # pages under one page table, and so in a PMD-mapped huge page
 
 # A pagemap entry (pagemap.rst).  Bits 0-54 hold the PFN, or swap type (0-4) and offset.
 # Physical addresses have 52 bits at the most, so a PFN has 40; no swap area has more slots.
-NUMBER_BYTES = 5
-NUMBER_MASK = (1 << 8 * NUMBER_BYTES) - 1
+PFN_BYTES = 5
+PFN_MASK = (1 << 8 * PFN_BYTES) - 1
 # Swap types from here up are migration, poison, device and marker entries
 # (MAX_SWAPFILES, include/linux/swap.h).
 SWAP_TYPE_BITS, SWAP_TYPES = 5, 23
 FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes first
-EXCLUSIVE, GUARD, FILE, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
-
-# /proc/kpageflags (pagemap.rst)
-KPF_ANON, KPF_ZERO_PAGE = 1 << 12, 1 << 24
-
-# ioctl PAGEMAP_SCAN (pagemap.rst): struct pm_scan_arg is twelve u64
-PAGEMAP_SCAN = 0xC0606610
+EXCLUSIVE, GUARD, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
+KPF_ANON, KPF_ZERO_PAGE = 1 << 12, 1 << 24  # in /proc/kpageflags (pagemap.rst)
+PAGEMAP_SCAN = 0xC0606610  # ioctl (pagemap.rst, since Linux 6.7)
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
-
 MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no name for it
 PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
 ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
+FIRST_NAMESPACES = {0xEFFFFFFC, 0xEFFFFFFD}  # inodes: PID and user (include/linux/proc_ns.h)
+STAT_BYTES = 1 << 12  # more than /proc/PID/stat and smaps_rollup have
 
-# What an entry stands for, told from its flags.
+# What an entry stands for.  ANON_EXCLUSIVE is anonymous memory mapped by one process alone, and
+# once: nobody else has the frame.  ANON_OR_DEVICE is other memory that is no file's: copy-on-write,
+# KSM, but also the zero page and device memory.  FILE_PAGE includes shared memory.
 NOTHING, ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE, IN_SWAP = range(5)
 
 
 def kind_of(flags: int) -> int:
-    """What an entry with these flags (its bits 56-63) stands for.
-
-    ANON_EXCLUSIVE is anonymous memory mapped by one process alone, and once: nobody else
-    has the frame.  ANON_OR_DEVICE is other memory that is no file's: copy-on-write, KSM, but
-    also the zero page and device memory.
-    """
+    """What an entry with these flags (its bits 56-63) stands for."""
     if flags & PRESENT:
-        if flags & FILE:
+        if flags & FILE_OR_SHARED:
             return FILE_PAGE
         return ANON_EXCLUSIVE if flags & EXCLUSIVE else ANON_OR_DEVICE
     return IN_SWAP if flags & SWAPPED and not flags & GUARD else NOTHING
 
 
-# Tables for bytes.translate: flags to kinds; one byte to 0x80 and all others to 0; an entry's
-# lowest byte to its swap type.
+# Tables for bytes.translate: flags to kinds; one byte to 0x80 and all others to 0; kinds to 0x80
+# where others may have the same; an entry's lowest byte to its swap type.
 KINDS = bytes(map(kind_of, range(256)))
 EQUALS = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]
+SHAREABLE = bytes([0, 0]) + b"\x80" * 254
 SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 
-# ---- Columns ------------------------------------------------------------------
+class Machine:
+    """The machine: every file of /proc and /sys is opened and read here.
+
+    Tests put made-up machines in its place, of other page sizes, byte orders and kernels.
+    """
+
+    proc, sysfs = "/proc", "/sys"
+    page_size = os.sysconf("SC_PAGE_SIZE")
+    byteorder = sys.byteorder
+
+    def pids(self) -> list[int]:
+        return psutil.pids()
+
+    @contextlib.contextmanager
+    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
+        """A file descriptor; the path may be relative to a directory that is open."""
+        fd = os.open(path, os.O_RDONLY, dir_fd=directory)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def read(self, path: str, directory: int | None = None, at_most: int = 0) -> bytes:
+        """A file's bytes; with `at_most`, what a single read of so many gives."""
+        with self.opened(path, directory) as fd:
+            if at_most:
+                return os.read(fd, at_most)
+            return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        return os.pread(fd, size, offset)
+
+    def words(self, fd: int, first: int, number: int) -> bytes:
+        """Words of pagemap or /proc/kpage*, each with its least significant byte first.
+
+        Fewer than `number`, or none, where the file ends or the process is gone; else OSError.
+        """
+        try:
+            words = self.pread(fd, number * WORD, first * WORD)
+        except ProcessLookupError:
+            return b""
+        if self.byteorder == "big":
+            swapped = array.array("Q", words)
+            swapped.byteswap()
+            words = swapped.tobytes()
+        return words
+
+    def next_resident(self, pagemap: int, start: int, end: int) -> int:
+        """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN).
+
+        Just `start` where the kernel cannot tell.
+        """
+        region, which = array.array("Q", [0, 0, 0]), PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+        size, vector = self.page_size, region.buffer_info()[0]
+        # struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages;
+        # category_inverted _mask _anyof_mask, return_mask
+        head = (12 * WORD, 0, start * size, end * size, 0, vector, 1, 1)
+        try:
+            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
+        except OSError:
+            return start
+        return region[0] // size if region[1] else end  # the kernel has filled in start and end
+
+    def own_pid(self) -> int:
+        """Our PID as this /proc shows it, whose PID namespace need not be ours."""
+        try:
+            return int(os.readlink(f"{self.proc}/self"))
+        except OSError:
+            raise Error(f"no {self.proc}/self: mount the /proc of this PID namespace") from None
+
+    def stat(self, pid: int, thread: str = "") -> Stat | None:
+        with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
+            return parse_stat(self.read(f"{self.proc}/{pid}/{thread}stat", at_most=STAT_BYTES))
+        return None
+
+
+def unpack(words: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(words) // WORD}Q", words)
+
+
+def pfns_of(entries: bytes) -> list[int]:
+    """The PFNs in entries, or what stands in their bits."""
+    if entries[4::WORD].count(0) == len(entries) // WORD and sys.byteorder == "little":
+        return memoryview(entries).cast("I")[::2].tolist()  # in a quarter of the time
+    return [entry & PFN_MASK for entry in unpack(entries)]
+
+
+class Kernel:
+    """What the kernel tells of frames: /proc/kpageflags and /proc/kpagecount, held open."""
+
+    def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
+        """PermissionError if frames may not be seen; it names the file that refuses."""
+        self.machine = machine
+        zero_page = self._zero_page()
+        self.flags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
+        self.counts = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
+        # Some architectures have several in a row, and choose one by the address.
+        first = max(0, zero_page - 256)
+        flags = unpack(machine.words(self.flags, first, 512))
+        self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
+        self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
+        path = f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size"
+        with contextlib.suppress(FileNotFoundError):
+            self.pmd_pages = int(machine.read(path)) // machine.page_size
+        words = [1] * self.pmd_pages, range(self.pmd_pages)
+        packed = [struct.pack(f"<{self.pmd_pages}Q", *each) for each in words]
+        self.ones, self.ramp = (int.from_bytes(each, "little") for each in packed)
+
+    def _zero_page(self) -> int:
+        """Its PFN, from a page of our own that we have only read."""
+        machine, path = self.machine, f"{self.machine.proc}/self/pagemap"
+        with open("/dev/zero", "rb") as file, machine.opened(path) as pagemap:
+            page = mmap.mmap(file.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ)
+            page.read(1)
+            maps = machine.read(f"{machine.proc}/self/maps")
+            mapping = re.search(rb"^([0-9a-f]+)-.* /dev/zero$", maps, re.M)
+            at = int(mapping[1], 16) // machine.page_size if mapping else 0
+            pfn = pfns_of(machine.words(pagemap, at, 1))[0]
+            page.close()
+        if not pfn:  # without CAP_SYS_ADMIN it opens, but shows none
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+        return pfn
+
+    def huge_entries(self, first: int) -> bytes:
+        """The entries of a PMD-mapped huge page: the first's flags, and PFNs that go up by one."""
+        return (first * self.ones + self.ramp).to_bytes(self.pmd_pages * WORD, "little")
+
+    def has(self, pfn: int, flag: int) -> bool:
+        """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
+        return any(word & flag for word in unpack(self.machine.words(self.flags, pfn, 1)))
+
+
+# ---- Columns ------------------------------------------------------------------------------------
 
 COLUMNS = {
     "pid": ("PID", "process"),
     "ppid": ("PPID", "its parent"),
     "user": ("USER", "its owner"),
     "frames": ("FRAMES", "distinct page frames that hold its memory"),
-    "unique": ("+UNIQUE", "those of them that no row above has counted"),
+    "unique": ("+UNIQUE", "frames not already counted in a row above"),
     "size": ("SIZE", "FRAMES as memory"),
+    "tree": ("TREE", "memory that it and all below it occupy together"),
+    "freed": ("FREED", "the part of TREE that is freed when these all exit"),
+    "anon": ("ANON", "the part of SIZE that is anonymous memory"),
+    "file": ("FILE", "the part of SIZE that is files and shared memory"),
     "rss": ("RSS", "resident memory, the kernel's figure"),
-    "uss": ("USS", "what it alone maps; in TOTAL, what nobody outside maps"),
-    "pss": ("PSS", "resident memory divided by those who map it, the kernel's figure"),
+    "pss": ("PSS", "RSS with each page divided by its mappings, the kernel's figure"),
+    "uss": ("USS", "the part of RSS that it alone maps, the kernel's figure"),
+    "pte": ("PTE", "its page tables, which no other column has"),
     "swap": ("SWAP", "distinct swap slots as memory"),
     "command": ("COMMAND", "command line, drawn as a tree"),
 }
-FROM_PAGEMAP, FROM_SMAPS = {"frames", "unique", "size", "swap"}, {"rss", "uss", "pss"}
-SIZES, TEXTS = {"size", "rss", "uss", "pss", "swap"}, {"user", "command"}
-IN_TABLE = "pid,frames,unique,size,uss,pss,swap,command"
-IN_JSON = "pid,ppid,depth,frames,unique,size,rss,pss,uss,swap,command"
+FROM_PAGEMAP = {"frames", "unique", "size", "tree", "freed", "anon", "file", "swap"}
+FROM_ROLLUP, SUMS = {"rss", "pss", "uss"}, {"rss", "pss", "pte"}
+FIGURES = FROM_PAGEMAP | FROM_ROLLUP | SUMS
+SIZES, TEXTS = FIGURES - {"frames", "unique"}, {"user", "command"}
+IN_TABLE = ["pid", "frames", "unique", "size", "tree", "freed", "pss", "swap", "command"]
+IN_JSON = ["pid", "ppid", "depth", "frames", "unique", "size", "tree", "freed", "anon", "file"]
+IN_JSON += ["rss", "pss", "uss", "swap", "command"]
 
 
-# ---- Parsing ------------------------------------------------------------------
+# ---- Parsing ------------------------------------------------------------------------------------
 
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
-VSYSCALL = (1 << 63) // PAGE_SIZE  # above what pagemap covers
+HEX = rb"([0-9a-f]{1,16})"
+MAPPING = re.compile(rb"^%b-%b \S+ %b (\S+) (\d+) *(.*)\n" % (HEX, HEX, HEX), re.M)
+VSYSCALL = 1 << 63  # from here on, pagemap covers nothing
 HOLE = 256  # pages that cost less to read over than another call
-MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (.*)\n", re.M)
-FIGURE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)): +([0-9]{1,15}) kB$", re.M)
+SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,15}) kB$", re.M)
+COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
 
-@functools.lru_cache(1024)  # the same libraries, in process after process
-def parse_mapping(rest: bytes) -> tuple[int, bytes | None]:
-    """Offset in pages and file, from what follows the addresses in a line of /proc/PID/maps."""
-    _, offset, device, inode, *name = rest.split(None, 4)
-    file = None
-    if inode != b"0":
+class Vma(NamedTuple):
+    """A line of /proc/PID/maps, or several that go on as one; counted in pages."""
+
+    start: int
+    end: int
+    shift: int  # from its pages to those of the file
+    file: bytes | None  # device and inode, or a special mapping's name; None: anonymous memory
+
+
+def parse_maps(maps: bytes, page_size: int) -> list[Vma]:
+    """The VMAs in /proc/PID/maps (proc.rst), without [vsyscall].  Error on a malformed line."""
+    vmas = []
+    lines = MAPPING.findall(maps)
+    if len(lines) != maps.count(b"\n"):
+        raise Error("cannot make out the kernel's list of mappings")
+    for low, high, offset, device, inode, name in lines:
+        start, end = int(low, 16), int(high, 16)
         file = device + b" " + inode
-    elif name and not name[0].startswith(ANONYMOUS):
-        file = name[0]
-    return int(offset, 16) // PAGE_SIZE, file
+        if inode == b"0":
+            file = None if name.startswith(ANONYMOUS) else name or None
+        if start < VSYSCALL:
+            start //= page_size
+            vmas.append(Vma(start, end // page_size, int(offset, 16) // page_size - start, file))
+    return vmas
 
 
-# When two processes of memuse share the work, a stripe is so many pages of a file or, for what is
-# no file's, of the address space; its number says whose it is.
-STRIPE, STRIPES = 1 << 13, range(16)
+def areas_of(vmas: list[Vma]) -> list[Range]:
+    """Where anything is mapped; areas with less than a HOLE between them are one."""
+    areas: list[Range] = []
+    start = end = -HOLE
+    for vma in vmas:
+        if vma.start - end >= HOLE:
+            areas.append((start, end))
+            start = vma.start
+        end = vma.end
+    return [*areas[1:], (start, end)]
 
 
-def among(stripe: int, stripes: range) -> bool:
-    """Whether these, of STRIPES, have the stripe's number; neighbours are mostly taken in turn."""
-    return stripe * 9 % len(STRIPES) in stripes
+def files_of(vmas: list[Vma]) -> list[Vma]:
+    """The VMAs of files; where the file goes on as the addresses do, several are one."""
+    files: list[Vma] = []
+    for vma in vmas:
+        if vma.file:
+            if files and files[-1][1:] == (vma.start, vma.shift, vma.file):
+                vma = Vma(files.pop().start, *vma[1:])
+            files.append(vma)
+    return files
 
 
-def parse_maps(maps: bytes, stripes: range | None = None) -> tuple[list[Area], list[FileVma]]:
-    """Where anything is mapped, and where files are, in /proc/PID/maps (proc.rst).
-
-    If only some stripes are to be read, areas that have none of them are left out.  Areas
-    with less than a HOLE between them are one, and so are mappings where the file goes on
-    as the addresses do.  Error at a line that cannot be made out.
-    """
-    areas: list[Area] = []
-    files: list[FileVma] = []
-    before: tuple[int, bytes | None] = 0, None
-    edge, end, last_high = -HOLE, 0, b""  # edge: where an area ends that may go on
-    found = MAPPING.findall(maps)
-    try:
-        if len(found) != maps.count(b"\n"):
-            raise ValueError
-        for low, high, rest in found:
-            start = end if low == last_high else int(low, 16) // PAGE_SIZE
-            end, last_high = int(high, 16) // PAGE_SIZE, high
-            if start >= VSYSCALL:
-                break
-            offset, file = parse_mapping(rest)
-            shift = offset - start
-            if file:
-                joined = before == (shift, file)
-                files.append((files.pop()[0] if joined else start, end, shift, file))
-            before = shift, file
-            if stripes is not None:
-                if not file:
-                    shift = 0
-                elif rest[3:4] == b"p":
-                    # Of /dev/zero, huge pages can begin anywhere in the file: do not cut them.
-                    shift += -shift % PMD_PAGES
-                stripe, last = (start + shift) // STRIPE, (end - 1 + shift) // STRIPE
-                if stripe < last:
-                    areas.append((start, end, shift))
-                if stripe < last or not among(stripe, stripes):
-                    edge = -HOLE
-                    continue
-            areas.append((areas.pop()[0] if start - edge < HOLE else start, end, None))
-            edge = end
-    except ValueError:
-        raise Error("cannot make out the kernel's list of mappings") from None
-    return areas, files
+def size_of(name: bytes, text: bytes) -> int:
+    """Fields with this name, or that begin so, in smaps_rollup or status (proc.rst), in bytes."""
+    return sum(int(kib) * 1024 for field, kib in SIZE.findall(text) if field.startswith(name))
 
 
-def parse_figures(smaps: bytes) -> Row:
-    """RSS, PSS and USS in bytes: sums over smaps or smaps_rollup (proc.rst)."""
-    kib: dict[bytes, int] = defaultdict(int)
-    for name, number in FIGURE.findall(smaps):
-        kib[name] += int(number)
-    private = kib[b"Private_Clean"] + kib[b"Private_Dirty"] + kib[b"Private_Hugetlb"]
-    return {"rss": kib[b"Rss"] * 1024, "pss": kib[b"Pss"] * 1024, "uss": private * 1024}
+class Stat(NamedTuple):
+    """Of /proc/PID/stat (proc.rst, table 1-4)."""
 
+    name: bytes
+    state: bytes
+    ppid: int
+    flags: int
+    threads: int
+    started: bytes  # clock ticks after boot
+    image: list[bytes]  # where exec put code, stack, data and arguments
 
-NO_FIGURES = parse_figures(b"")
+    def is_same(self, other: Stat) -> bool:
+        """Whether both are of one process, which did not call exec between them."""
+        return (self.started, self.image) == (other.started, other.image)
 
-# Of /proc/PID/stat (proc.rst, table 1-4): `started` in clock ticks since boot, `rss` in pages,
-# `image` where exec put code, stack, data and arguments.
-Stat = namedtuple("Stat", "state ppid flags threads started rss image name")
+    def is_exiting(self) -> bool:
+        """Tearing down its mm, which can take long, and not a zombie yet."""
+        return bool(self.flags & PF_EXITING) and self.threads == 1 and self.state not in ENDED
 
 
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
     ppid, flags, threads = int(fields[1]), int(fields[6]), int(fields[17])
-    started, rss, image = int(fields[19]), int(fields[21]), fields[23:26] + fields[42:49]
-    return Stat(fields[0], ppid, flags, threads, started, rss, image, name)
-
-
-COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
+    return Stat(name, fields[0], ppid, flags, threads, fields[19], fields[23:26] + fields[42:49])
 
 
 def command_line(cmdline: bytes, name: bytes) -> str:
@@ -273,279 +389,328 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# ---- Reading ------------------------------------------------------------------
+# ---- Which processes ----------------------------------------------------------------------------
+
+WAITERS = (b"sudo", b"doas", b"pkexec", b"su")  # they start memuse, and then only wait for it
 
 
-def proc(name: str) -> str:
-    """The path of a file in /proc, or in what psutil takes for it."""
-    return f"{psutil.PROCFS_PATH}/{name}"
+class Node(NamedTuple):
+    """A process that was found.  Nodes are rows of the tree, numbered from 1; TOTAL is row 0."""
+
+    pid: int
+    stat: Stat
+    parent: int  # the row that it is below
 
 
-def own_pid() -> int:
-    """Our PID as this /proc shows it, whose PID namespace need not be ours."""
-    try:
-        return int(os.readlink(proc("self")))
-    except OSError:
-        raise Error(f"no {proc('self')}: mount the /proc of this PID namespace") from None
+def find_processes(machine: Machine, roots: list[int], members: set[int]) -> list[Node]:
+    """The roots with all below them, and the members: depth first, siblings by PID.
 
-
-def read_file(name: str, directory: int | None = None, at_most: int = 0) -> bytes:
-    """A file's bytes, its name relative to a directory that is open, if one is given.
-
-    With `at_most`, what a single read of so many bytes gives.  By os.read(), for file
-    objects would cost as much again.
+    From one pass: psutil's children(recursive=True) loses those whose parent exits between its
+    two.  memuse is left out, and so are those right above that only wait for it, but for roots.
     """
-    fd = os.open(name, os.O_RDONLY, dir_fd=directory)
-    try:
-        if at_most:
-            return os.read(fd, at_most)
-        return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
-    finally:
-        os.close(fd)
+    own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
+    found = {pid: machine.stat(pid) for pid in sorted(machine.pids())}
+    stats = {pid: stat for pid, stat in found.items() if stat}
+    children: dict[int, list[int]] = defaultdict(list)
+    for pid, stat in stats.items():
+        children[stat.ppid].append(pid)
+
+    chosen: set[int] = set()
+    below = [*roots]
+    while below:
+        pid = below.pop()
+        if pid not in chosen:
+            chosen.add(pid)
+            below += children[pid]
+    chosen = (chosen | members) & stats.keys()
+    pid = own_pid
+    chosen.discard(pid)
+    while pid in stats:
+        child, pid = pid, stats[pid].ppid
+        if pid not in stats or stats[pid].name not in WAITERS or children[pid] != [child]:
+            break
+        if pid not in roots:
+            chosen.discard(pid)
+
+    # Those whose parents are not chosen are tried first, and have the others below them; but
+    # parents form a circle where a PID was used anew meanwhile.
+    tops = [pid for pid in (*roots, *sorted(chosen)) if pid in chosen]
+    tops.sort(key=lambda pid: stats[pid].ppid in chosen)
+    nodes: list[Node] = []
+    stack = [(pid, 0) for pid in reversed(tops)]
+    while stack:
+        pid, parent = stack.pop()
+        if pid in chosen:
+            chosen.discard(pid)
+            nodes.append(Node(pid, stats[pid], parent))
+            stack += [(child, len(nodes)) for child in reversed(children[pid])]
+    return nodes
 
 
-def read_words(fd: int, first: int, number: int) -> bytes:
-    """Words of pagemap or /proc/kpage* from the `first` on, each least significant byte first.
+def why_missing(machine: Machine, pid: int) -> str:
+    """Why there is no row for a PID that was named."""
+    with contextlib.suppress(OSError):
+        status = machine.read(f"{machine.proc}/{pid}/status")
+        process = int(status.partition(b"\nTgid:")[2].split(None, 1)[0])
+        if process != pid:
+            return f"{pid} is a thread of process {process}"
+        if pid == machine.own_pid():
+            return f"{pid} is memuse itself"
+    return f"there is no process {pid}"
 
-    Fewer than `number`, or none, if the file ends or the process is gone; else OSError.
+
+def cgroup_members(machine: Machine, path: str) -> set[int]:
+    """The PIDs in a control group and in all below it (cgroup-v2.rst).  Error if none.
+
+    A path that is no control group's directory is looked up where they are mounted: v2, then v1.
     """
-    try:
-        words = os.pread(fd, number * WORD, first * WORD)
-    except ProcessLookupError:
-        return b""
-    if sys.byteorder == "big":
-        swapped = array.array("Q", words)
-        swapped.byteswap()
-        words = swapped.tobytes()
-    return words
-
-
-def unpack(words: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(words) // WORD}Q", words)
-
-
-def numbers_of(words: bytes) -> list[int]:
-    """The PFNs in entries, or what stands in their bits."""
-    if words[4::WORD].count(0) == len(words) // WORD and sys.byteorder == "little":
-        return memoryview(words).cast("I")[::2].tolist()  # in a quarter of the time
-    return [word & NUMBER_MASK for word in unpack(words)]
-
-
-def next_resident(pagemap: int, start: int, end: int) -> int:
-    """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN).
-
-    Just `start` before Linux 6.7, which cannot tell.
-    """
-    region, which = array.array("Q", [0, 0, 0]), PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    # size flags start end walk_end vec vec_len max_pages; category_inverted _mask _anyof_mask,
-    # return_mask
-    head = (12 * WORD, 0, start * PAGE_SIZE, end * PAGE_SIZE, 0, region.buffer_info()[0], 1, 1)
-    try:
-        fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
-    except OSError:
-        return start
-    return region[0] // PAGE_SIZE if region[1] else end  # the kernel has filled in start and end
-
-
-class Kernel:
-    """What the kernel tells of frames: its open files, and its zero pages."""
-
-    def __init__(self, arguments: str) -> None:
-        """Error if that may not be seen; it tells what to run instead."""
-        with open("/dev/zero", "rb") as file:
-            page = mmap.mmap(file.fileno(), PAGE_SIZE, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        page.read(1)  # so that it has the zero page
-        mapping = re.search(rb"^([0-9a-f]+)-.* /dev/zero$", read_file(proc("self/maps")), re.M)
-        at = int(mapping[1], 16) // PAGE_SIZE if mapping else 0
+    directories = [path]
+    for line in os.fsdecode(machine.read(f"{machine.proc}/self/mountinfo")).splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        if path and filesystem.startswith("cgroup"):
+            at = 1 if filesystem.startswith("cgroup2 ") else len(directories)
+            directories.insert(at, f"{mount.split()[4]}/{path.strip('/')}")
+    directories = [each for each in directories if os.path.exists(f"{each}/cgroup.procs")]
+    if not directories:
+        raise Error(f"there is no control group {path!r}")
+    pids: set[int] = set()
+    for directory, _, _ in os.walk(directories[0]):
         try:
-            pagemap = os.open(proc("self/pagemap"), os.O_RDONLY)
-            zero = numbers_of(read_words(pagemap, at, 1))[0]
-            os.close(pagemap)
-            if not zero:
-                raise PermissionError
-            self.kpageflags = os.open(proc("kpageflags"), os.O_RDONLY)
-            self.kpagecount = os.open(proc("kpagecount"), os.O_RDONLY)
-        except PermissionError:
-            name = sys.argv[0]
-            where = "on the host, outside of any container, " if os.geteuid() == 0 else ""
-            raise Error(
-                f"seeing page frames takes CAP_SYS_ADMIN: {where}run sudo {name} {arguments}; or,"
-                f" for the kernel's figures alone, {name} -o pid,rss,pss,command {arguments}"
-            ) from None
-        except FileNotFoundError as error:
-            raise Error(f"a kernel without CONFIG_PROC_PAGE_MONITOR: {error}") from None
-        page.close()
-        # Some architectures have several in a row, and choose one by the address.
-        first = max(0, zero - 256)
-        flags = unpack(read_words(self.kpageflags, first, 512))
-        self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
-
-    def has(self, pfn: int, flag: int) -> bool:
-        """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
-        return any(word & flag for word in unpack(read_words(self.kpageflags, pfn, 1)))
+            pids.update(map(int, machine.read(f"{directory}/cgroup.procs").split()))
+        except OSError as error:
+            # Groups below come and go; what is in threaded ones, the one above them lists.
+            if directory == directories[0]:
+                threaded = error.errno == errno.EOPNOTSUPP
+                why = "a threaded group; name the one above it" if threaded else error.strerror
+                raise Error(f"{directory}/cgroup.procs: {why}") from None
+    pids.discard(0)  # it stands for those of another PID namespace
+    if not pids:
+        raise Error(f"the control group {path!r} has no process")
+    return pids
 
 
-def stat_of(pid: int) -> Stat | None:
-    with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
-        return parse_stat(read_file(proc(f"{pid}/stat")))
-    return None
+# ---- Reading a process --------------------------------------------------------------------------
+
+MAX_READ, MIN_READ = 1 << 15, 1 << 9  # entries at a time: few where memory is sparse
+READ_WHOLE = 1 << 13  # pages that are read without a look for what is resident
+LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 
 
-def is_exiting(stat: Stat) -> bool:
-    """Whether it gives up its memory, which can take long, and is not a zombie yet."""
-    return bool(stat.flags & PF_EXITING) and stat.threads == 1 and stat.state not in ENDED
+class Pages:
+    """The page tables of one process: what is private is counted, what others may have is kept.
 
-
-# A process in the tree; when it was found, `stat` was so.
-Node = namedtuple("Node", "pid stat depth")
-
-# nodes: the processes; columns: names of what is wanted; kernel: None to read no pagemap;
-# stripes: None for all; smaps_of: PIDs of those whose smaps to read.
-Job = namedtuple("Job", "nodes columns kernel stripes smaps_of")
-
-
-def living_thread(node: Node, directory: int) -> str | None:
-    """Where in its directory the files about its memory are: if its first thread has ended, by
-    another; None if it has no memory.
+    EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have its first
+    page's bit (before Linux 6.11, and seen again in 6.18), while others may have its other
+    pages, having copied or given up the first after a fork.  So these are kept apart.
     """
+
+    def __init__(self, kernel: Kernel, vmas: list[Vma]) -> None:
+        self.kernel = kernel
+        self.files = files_of(vmas)
+        self.private = 0  # ANON_EXCLUSIVE frames, but for those of `huge`
+        self.huge: list[Range] = []  # PMD-mapped and ANON_EXCLUSIVE: first page, and its entry
+        self.pieces: list[tuple[int, bytes]] = []  # first pages, and entries from there on
+        self.sibling: int | None = None  # the last row before that shares the address space
+
+    def add(self, start: int, entries: bytes) -> None:
+        """Take in the entries from page `start` on, which cut no huge page."""
+        entries = self._without_huge(start, entries)
+        kinds = entries[FLAGS::WORD].translate(KINDS)
+        self.private += kinds.count(ANON_EXCLUSIVE)
+        shareable = kinds.translate(SHAREABLE)
+        first = shareable.find(0x80)
+        while first >= 0:
+            stop = first + LANES - (start + first) % LANES
+            end = shareable.rfind(0x80, first, stop) + 1
+            self.pieces.append((start + first, entries[first * WORD : end * WORD]))
+            first = shareable.find(0x80, stop)
+
+    def _without_huge(self, start: int, entries: bytes) -> bytes:
+        """The entries but those of private huge pages, which are noted, and huge zero pages."""
+        pages = self.kernel.pmd_pages
+        size, left = pages * WORD, None
+        for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
+            entry = int.from_bytes(entries[at : at + WORD], "little")
+            pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
+            if pfn % pages or entries[at : at + size] != self.kernel.huge_entries(entry):
+                continue
+            if kind == ANON_EXCLUSIVE:
+                self.huge.append((start + at // WORD, entry))
+            elif kind == NOTHING or not self.kernel.has(pfn, KPF_ZERO_PAGE):
+                continue
+            left = left or bytearray(entries)
+            left[at : at + size] = bytes(size)
+        return bytes(left) if left else entries
+
+
+class Process(NamedTuple):
+    """What was read of a process."""
+
+    stat: Stat
+    row: Row
+    pages: Pages | None = None
+    unread: str | None = None  # why its memory could not be read
+
+
+class Reader:
+    """Reads processes, one after the other, each whole: nothing of it is counted before."""
+
+    def __init__(
+        self, machine: Machine, kernel: Kernel | None, columns: set[str], progress: Progress
+    ) -> None:
+        self.machine, self.kernel, self.columns = machine, kernel, columns
+        self.progress = progress
+        # Each row's first ANON_EXCLUSIVE page, and its PFN: the row, and its pagemap's path.
+        self.witnesses: dict[Range, tuple[int, str]] = {}
+
+    def read(self, number: int, node: Node) -> Process | None:
+        """The process, or None if it exited; one that calls exec meanwhile is read again."""
+        for _ in range(3):
+            try:
+                return self._read(number, node)
+            except VANISHED:
+                stat = self.machine.stat(node.pid)
+                if not stat or stat.started != node.stat.started or stat.is_exiting():
+                    return None
+                node = node._replace(stat=stat)
+        row: Row = {"pid": node.pid, "command": command_line(b"", node.stat.name)}
+        return Process(node.stat, row, unread="it changed whenever it was read")
+
+    def _read(self, number: int, node: Node) -> Process:
+        """Raises one of VANISHED if it ends or calls exec.
+
+        Its files are opened by way of one descriptor of its directory, between two looks at its
+        stat.  So they belong to one process and to one mm, and are empty once that is gone.
+        """
+        machine, cmdline, pages, unread = self.machine, b"", None, None
+        row: Row = {"pid": node.pid, "ppid": node.stat.ppid}
+        with machine.opened(f"{machine.proc}/{node.pid}") as directory:
+            if "command" in self.columns:
+                with contextlib.suppress(PermissionError):
+                    cmdline = machine.read("cmdline", directory, COMMAND_LIMIT + 1)
+                row["command"] = command_line(cmdline, node.stat.name)
+            if "user" in self.columns:
+                row["user"] = psutil.Process(node.pid).username()
+            if "pte" in self.columns:
+                row["pte"] = size_of(b"VmPTE", machine.read("status", directory))
+            thread = living_thread(machine, node)
+            if self.kernel and thread is not None:
+                try:
+                    pages = self._pages(self.kernel, number, node.pid, thread, directory)
+                except PermissionError as error:
+                    unread = reason(error)
+            if not parse_stat(machine.read("stat", directory, STAT_BYTES)).is_same(node.stat):
+                raise ProcessLookupError
+        return Process(node.stat, row, pages, unread)
+
+    def _pages(self, kernel: Kernel, row: int, pid: int, thread: str, directory: int) -> Pages:
+        machine, witness = self.machine, None
+        with machine.opened(f"{thread}pagemap", directory) as pagemap:
+            vmas = parse_maps(machine.read(f"{thread}maps", directory), machine.page_size)
+            pages = Pages(kernel, vmas)
+            for start, end in self._spans(areas_of(vmas), pagemap, max(MIN_READ, kernel.pmd_pages)):
+                entries = machine.words(pagemap, start, end - start)
+                if len(entries) != (end - start) * WORD:
+                    raise ProcessLookupError
+                self.progress(row - 1, end - start)
+                if not witness:
+                    at = entries[FLAGS::WORD].translate(KINDS).find(ANON_EXCLUSIVE)
+                    if at >= 0:  # true of a huge page's first page, too
+                        witness = start + at, pfns_of(entries[at * WORD : (at + 1) * WORD])[0]
+                        pages.sibling = self._find_vm_sibling(witness, pagemap)
+                pages.add(start, entries)
+        if witness:
+            self.witnesses[witness] = row, f"{machine.proc}/{pid}/{thread}pagemap"
+        return pages
+
+    def _spans(self, areas: list[Range], pagemap: int, unit: int) -> Iterator[Range]:
+        """Spans of pages with all that is resident and little else; no unit of pages is cut."""
+        for start, last in areas:
+            size = unit
+            while start < last:
+                begin, end = start, last
+                if last - start > READ_WHOLE:
+                    begin = self.machine.next_resident(pagemap, start, last)
+                    size = min(2 * size, max(MAX_READ, unit)) if begin == start else unit
+                    if last - begin > READ_WHOLE:
+                        end = min((begin + size) // unit * unit, last)
+                if begin < last:
+                    yield begin, end
+                start = end
+
+    def _find_vm_sibling(self, witness: Range, pagemap: int) -> int | None:
+        """The last row that has the same ANON_EXCLUSIVE frame there now (CLONE_VM, vfork)."""
+        row, path = self.witnesses.get(witness, (None, ""))
+        if row:
+            with contextlib.suppress(OSError), self.machine.opened(path) as other:
+                there = self.machine.words(other, witness[0], 1)
+                if there and there == self.machine.words(pagemap, witness[0], 1):
+                    return row if KINDS[there[FLAGS]] == ANON_EXCLUSIVE else None
+        return None
+
+
+def reason(error: OSError) -> str:
+    """Why a process could not be read."""
+    name = f"{os.path.basename(os.fsdecode(error.filename))}: " if error.filename else ""
+    return f"{name}{error.strerror} (another user's process takes CAP_SYS_PTRACE)"
+
+
+def living_thread(machine: Machine, node: Node) -> str | None:
+    """Where in its directory the files of a thread that lives are; None if it has no mm."""
     if node.stat.flags & PF_KTHREAD:
         return None
     if node.stat.state not in ENDED:
         return ""
-    for tid in os.listdir(proc(f"{node.pid}/task")) if node.stat.threads > 1 else ():
-        with contextlib.suppress(*VANISHED):
-            if parse_stat(read_file(f"task/{tid}/stat", directory)).state not in ENDED:
-                return f"task/{tid}/"
+    for tid in os.listdir(f"{machine.proc}/{node.pid}/task") if node.stat.threads > 1 else ():
+        stat = machine.stat(node.pid, f"task/{tid}/")
+        if stat and stat.state not in ENDED:
+            return f"task/{tid}/"
     return None
 
 
-class Reading:
-    """A process while it is read: raises one of VANISHED if it ends or calls exec.
-
-    All its files are opened by way of one descriptor of its directory and before
-    another look at its stat.  So they belong to the node's process and to one mm; if it
-    calls exec, or its PID is used anew, there is nothing more in them.
-    """
-
-    def __init__(self, node: Node, job: Job, opened: list[int]) -> None:
-        """Page tables if the job has a kernel, and figures if any of FROM_SMAPS are wanted.
-
-        `opened` gets what the caller has to close.
-        """
-        self.files: list[FileVma] = []
-        self.spans: Iterable[Span] = ()
-        directory = os.open(proc(str(node.pid)), os.O_RDONLY)
-        opened.append(directory)
-        self.row: Row = {"pid": node.pid, "ppid": node.stat.ppid, "depth": node.depth}
-        if "command" in job.columns:
-            # Not psutil's: it reads all that a process may claim, and by way of its PID.
-            cmdline = read_file("cmdline", directory, COMMAND_LIMIT + 1)
-            self.row["command"] = command_line(cmdline, node.stat.name)
-        if "user" in job.columns:
-            self.row["user"] = psutil.Process(node.pid).username()
-        alive, figures = living_thread(node, directory), NO_FIGURES
-        if alive is not None and job.columns & FROM_SMAPS and node.pid in job.smaps_of:
-            try:
-                smaps = read_file(alive + "smaps_rollup", directory)
-            except FileNotFoundError:  # before 4.14, or the process is gone
-                smaps = read_file(alive + "smaps", directory)
-            if not smaps:  # as after exit and exec
-                raise ProcessLookupError
-            figures = parse_figures(smaps)
-        self.row |= figures
-        if alive is not None and job.kernel:
-            self.path = proc(f"{node.pid}/{alive}pagemap")
-            self.pagemap = os.open(alive + "pagemap", os.O_RDONLY, dir_fd=directory)
-            opened.append(self.pagemap)
-            maps = read_file(alive + "maps", directory)
-            if not maps:
-                raise ProcessLookupError
-            areas, self.files = parse_maps(maps, job.stripes)
-            self.spans = spans_of(areas, job.stripes, self.pagemap)
-        stat = parse_stat(read_file("stat", directory))
-        if (stat.started, stat.image) != (node.stat.started, node.stat.image):
-            raise ProcessLookupError
-
-    def chunks(self) -> Iterator[tuple[int, bytes]]:
-        """First pages, and the pagemap entries from there on, in order of address."""
-        for start, end in self.spans:
-            words = read_words(self.pagemap, start, end - start)
-            if len(words) != (end - start) * WORD:
-                raise ProcessLookupError
-            yield start, words
+def kernel_figures(machine: Machine, node: Node) -> KernelFigures:
+    """RSS, PSS and USS from smaps_rollup; None if it exited or called exec meanwhile."""
+    try:
+        thread, text = living_thread(machine, node), b""
+        if thread is not None:
+            path = f"{machine.proc}/{node.pid}/{thread}smaps_rollup"
+            text = machine.read(path, at_most=STAT_BYTES)
+        stat = machine.stat(node.pid)
+    except VANISHED:
+        return None
+    except (MemoryError, OSError) as error:
+        return error  # a value: in a thread there is nobody to catch it
+    if not stat or not stat.is_same(node.stat) or (thread is not None and not text):
+        return None
+    fields = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}
+    return {name: size_of(field, text) for name, field in fields.items()}
 
 
-# How many entries to ask for at a time: few where memory is sparse.
-MAX_READ, MIN_READ = 1 << 15, PMD_PAGES
-READ_WHOLE = 1 << 13  # pages that are read without a look for what is resident
+# ---- Counting -----------------------------------------------------------------------------------
 
-
-def spans_of(areas: list[Area], stripes: range | None, pagemap: int) -> Iterator[Span]:
-    """Spans of pages that hold whatever is resident and little else.
-
-    They end at multiples of PMD_PAGES, if an area goes on there: no huge page is cut.
-    """
-    for start, last, shift in areas:
-        size = MIN_READ
-        while start < last:
-            found = next_resident(pagemap, start, last) if last - start > READ_WHOLE else start
-            if found == last:
-                if not read_words(pagemap, 0, 1):  # gone, which PAGEMAP_SCAN may not tell
-                    raise ProcessLookupError
-                break
-            limit = last
-            if stripes is not None and shift is not None:  # up to the end of the stripe, if ours
-                stripe, page = divmod(found + shift, STRIPE)
-                limit = min(found + STRIPE - page, last)
-                if not among(stripe, stripes):
-                    start = limit
-                    continue
-            size = min(2 * size, MAX_READ) if found == start else MIN_READ
-            start = min((found + size) // PMD_PAGES * PMD_PAGES, limit)
-            if limit - found <= READ_WHOLE:
-                start = limit
-            yield found, start
-
-
-# ---- Counting -----------------------------------------------------------------
-
-LANES = 4 * PMD_PAGES  # pages to a Block; other sizes were no faster
-# As 64-bit words: ones; and 0, 1, 2 and so on.
-ONES = int.from_bytes((1).to_bytes(WORD, "little") * PMD_PAGES, "little")
-RAMP = int.from_bytes(struct.pack(f"<{PMD_PAGES}Q", *range(PMD_PAGES)), "little")
-MAX_LONE = 16  # up to so many numbers at a place take less memory in a dictionary than a Block
-# Marks: no memory; met as part of an ANON_EXCLUSIVE huge page; in no Block; others are of Blocks.
-UNREAL, CLAIMED, LONE, *OF_BLOCKS = range(1, 256)
-RECENT = 1 << 14  # pieces of memory, of up to LANES pages, that are known by their digest
-# Python keys its hash of bytes anew in every run: two pieces have the same as likely as 1 in
-# 2**64.  A hash of 32 bits would not do.
-DIGEST: Any = hash if sys.hash_info.width >= 64 else tuple
+NOBODY = -1  # instead of a row
+ANON, FILE, SLOT = range(3)  # the kinds of what is counted: frames, and swap slots
+# Marks of PFNs: no memory; in a private huge page; known one by one; others are of Blocks.
+UNREAL, CLAIMED, SINGLE, *OF_BLOCKS = range(1, 256)
 MARKS_GROWTH = 1 << 20  # so many marks are added at a time
-MARKS_PART = 1 << 12  # so many are looked through in one go
-UNMARKED = bytes(MARKS_PART)
-REAL = bytes([0, 0]) + b"\xff" * 254  # for bytes.translate: marks but UNREAL to all bits
-GAP = bytes(64)  # numbers without a mark; fewer cost less to read over than another call
-MANY = 255  # mapcounts from here on do not fit in a byte
+FEW = 16  # so many pages take less memory one by one than in a Block
+MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
+SINGLES = 1 << 6  # PFNs to an array of single frames
 
 
-def octets(lanes: int) -> bytes:
-    """A byte a lane, without those after the last that is not 0."""
+def as_bytes(lanes: int) -> bytes:
+    """Lanes as bytes, trailing zeros stripped."""
     return lanes.to_bytes((lanes.bit_length() + 7) // 8, "little")
 
 
 def how_many(lanes: int) -> int:
     """How many lanes are marked."""
-    return octets(lanes).count(0x80)
+    return as_bytes(lanes).count(0x80)
 
 
 def filled(lanes: int) -> int:
     """0xFF where lanes are marked by 0x80."""
     return (lanes << 1) - (lanes >> 7)
-
-
-def planes_of(words: bytes, at: int) -> list[int]:
-    """The numbers in entries: from lane `at` on the lowest bytes of all, then the next."""
-    return [int.from_bytes(words[i::WORD], "little") << 8 * at for i in range(NUMBER_BYTES)]
 
 
 def lazy_bytes(size: int) -> mmap.mmap:
@@ -557,24 +722,25 @@ def lazy_bytes(size: int) -> mmap.mmap:
 
 
 class Block:
-    """One number for each of LANES neighbouring pages, as far as known.
+    """The frames of LANES neighbouring pages, one for each as far as known.
 
-    A lane is one page's byte in an integer of LANES bytes, so that one operation
-    treats all pages; a lane is marked by 0x80.  `known` marks those that have a number;
-    `planes` are the numbers: all lanes' lowest bytes, then the next.  `inside` counts
-    how often the set maps each: the sum of integers with a byte a lane, each for as many
-    additions as a byte can count.
+    A lane is a page's byte in an integer of LANES bytes, marked by 0x80: one operation for all.
     """
 
     def __init__(self, mark: int) -> None:
-        self.mark = mark  # of its numbers
-        self.known = 0
-        self.planes = [0] * NUMBER_BYTES
-        self.inside: list[int] = []
+        self.mark = mark  # of its PFNs
+        self.known = 0  # lanes that have a frame
+        self.planes = [0] * PFN_BYTES  # the PFNs: all lanes' lowest bytes, then the next
+        # By row, the lanes with frames that this row had first, or last.
+        self.first: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        # How often the set maps each lane's frame: integers to be added up, each of which is the
+        # sum of as many additions as a byte can count.
+        self.mapped: list[int] = []
         self.additions = 0
 
     def same(self, planes: list[int], lanes: int) -> int:
-        """Those of the lanes that are known, and have the same numbers here as there."""
+        """Those of the lanes that are known, and have the same PFNs here as there."""
         lanes &= self.known
         if lanes:
             differ = 0
@@ -585,670 +751,491 @@ class Block:
             lanes &= ~differ
         return lanes
 
-    def enter(self, planes: list[int], lanes: int) -> None:
-        """Know these numbers, in lanes not known before."""
+    def enter(self, row: int, planes: list[int], lanes: int) -> None:
+        """Know these PFNs, of a row, in lanes not known before."""
         fill = filled(lanes)
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.known |= lanes
+        self.first[row] = self.first.get(row, 0) | lanes
 
-    def numbers(self, lanes: int) -> list[int]:
-        """The numbers known in these lanes."""
-        marked = octets(lanes)
-        words = bytearray(len(marked) * WORD)
+    def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
+        """The row has the frames in these lanes; add to `seen` which rows had them last."""
+        if mapped:
+            if self.additions % 255 == 0:
+                self.mapped.append(0)
+            self.additions += 1
+            self.mapped[-1] += lanes >> 7
+        new = left = lanes & ~self.last.get(row, 0)  # what the row has already, it maps twice
+        for other, theirs in [*self.last.items()]:
+            both = theirs & left
+            if both:
+                seen[other] += how_many(both)
+                left ^= both
+                self.last[other] = theirs ^ both
+                if both == theirs:
+                    del self.last[other]
+        if left:
+            seen[NOBODY] += how_many(left)
+        if new:
+            self.last[row] = self.last.get(row, 0) | new
+
+    def pfns(self) -> list[int]:
+        """A PFN for each lane up to the last one known; where none is known, that of none."""
+        entries = bytearray(len(as_bytes(self.known)) * WORD)
         for i, plane in enumerate(self.planes):
-            low = octets(plane)[: len(marked)]
-            words[i : len(low) * WORD : WORD] = low
-        return list(compress(numbers_of(bytes(words)), marked))
-
-    def add_inside(self, lanes: int) -> None:
-        """Once more, the set maps these lanes."""
-        if self.additions % 255 == 0:
-            self.inside.append(0)
-        self.additions += 1
-        self.inside[-1] += lanes >> 7
+            low = as_bytes(plane)
+            entries[i : len(low) * WORD : WORD] = low
+        return pfns_of(bytes(entries))
 
     def mappings(self) -> list[int]:
-        """How often the set maps each of the numbers known."""
-        known = octets(self.known)
-        each = (compress(octets(lanes).ljust(len(known), b"\0"), known) for lanes in self.inside)
-        return list(map(sum, zip(*each))) if len(self.inside) > 1 else list(*each)
+        """How often the set maps each lane's frame, up to the last one known."""
+        size = len(as_bytes(self.known))
+        sums = [as_bytes(mapped).ljust(size, b"\0") for mapped in self.mapped]
+        return [*sums[0]] if len(sums) == 1 else [*map(sum, zip(bytes(size), *sums))]
+
+    def records(self) -> Iterator[Record]:
+        """Of each frame known: PFN, first row, last row, and how often the set maps it."""
+        known = as_bytes(self.known)
+        rows = [NOBODY] * len(known), [NOBODY] * len(known)
+        for found, by_row in zip(rows, (self.first, self.last)):
+            for row, lanes in by_row.items():
+                for lane in compress(count(), as_bytes(lanes)):
+                    found[lane] = row
+        return compress(zip(self.pfns(), *rows, self.mappings()), known)
+
+    def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
+        """The lanes known that are mapped at most as often as the set maps them."""
+        there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
+        return int.from_bytes(map(le, there, self.mappings()), "little") << 7 & self.known
 
 
 class Ledger:
-    """Numbers that may be shared, PFNs or offsets of swap slots, each counted once.
+    """Frames that may be shared, or swap slots of one type by their offsets, each counted once.
 
-    Forked processes have the same page at the same address, and processes that map
-    a file have the same page at the same place in it.  So a number is entered in a
-    Block, at the place where it is first met; what another process has there is
-    compared for all lanes at once.  Where it is not the same, as after copy-on-write,
-    there is another Block for the same place, and so on.
+    A frame is entered in a Block, at the place where it is first met: an address, or a page of
+    a file.  There, forked processes and processes that map a file have the same.  This is exact
+    because a PFN is known at one place only: `marks` tells which are known.  If it is met
+    elsewhere (KSM, mremap), all of its Block's frames become single, known one by one by their
+    PFNs.  So are frames at a place where others are known (copies that grandchildren share).
 
-    This is exact because a number is entered at one place only: `marks` tells which
-    are.  The lanes in which a process equals the Blocks are that many different
-    numbers, unless it maps a place twice, which `matches` shows.  A number met elsewhere
-    than where it was entered (KSM, mremap, buffers of drivers) is a stray, and
-    strays are few enough for a dictionary.  So are lone numbers, at places where
-    there are too few for a Block: they are in none, and strays from the first.
+    Rows come depth first.  Of each frame, the first and the last row that had it are known: their
+    lowest common ancestor is that of all that have it.  The next row that comes with it and the
+    last are a pair that has it in common.
     """
 
-    def __init__(self, uss: bool) -> None:
-        self.uss = uss  # whether TOTAL's is wanted
-        self.blocks: defaultdict[Place, list[Block]] = defaultdict(list)
-        self.of_file: dict[bytes | None, int] = {}  # marks: one a file, as far as there are
-        # What _find() told of entries last met, by their DIGEST, if few of them are strays.
-        self.recent: dict[int, Known] = {}
-        self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each number; see reach()
-        self.mapped: Counter[int] = Counter()  # by mark, how often the set maps the numbers
-        self.claimed: list[int] = []  # first PFNs of ANON_EXCLUSIVE huge pages
-        self.stray_mappings: Counter[int] = Counter()  # how often the set maps each stray
-        self._begin()
+    def __init__(self, kernel: Kernel | None = None) -> None:
+        """With a kernel for frames, without one for swap slots."""
+        self.kernel: Any = kernel
+        self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each PFN; see _reach()
+        self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
+        self.by_mark: dict[int, dict[Place, Block]] = defaultdict(dict)
+        # By PFN // SINGLES: first row, last row and number of mappings of each, interleaved.
+        self.singles: dict[int, array.array[int]] = {}
+        self.claims: dict[int, Range] = {}  # private huge pages: first PFN; first and last row
+        for pfn in kernel.zero_pages if kernel else ():
+            self._reach(pfn)
+            self.marks[pfn] = UNREAL
 
-    def _begin(self) -> None:
-        # Of the current process: lanes in which it equals Blocks, and how many; those it
-        # entered; strays; new ones of these, which are lone; first PFNs of huge pages.
-        self.matches: defaultdict[Block, list[tuple[int, int]]] = defaultdict(list)
-        self.entered: defaultdict[Block, int] = defaultdict(int)
-        self.strays: defaultdict[int, int] = defaultdict(int)
-        self.lone: list[int] = []
-        self.claims: list[int] = []
+    def begin(self, row: int, sibling: int | None = None) -> None:
+        """A row comes; the kernel has the mappings of siblings only once."""
+        self.row, self.sibling = row, sibling
+        # By kind: how many frames the row has in common with which row, the last before it; and
+        # PFNs that it has away from their Blocks.
+        self.seen: list[dict[int, int]] = [defaultdict(int), defaultdict(int)]
+        self.astray: list[list[int]] = [[], []]
 
-    def mark_of(self, number: int) -> int:
-        return self.marks[number] if number < len(self.marks) else 0
+    def _reach(self, pfn: int) -> None:
+        """Have marks for PFNs up to this one."""
+        if pfn >= len(self.marks):
+            self.marks.resize((pfn // MARKS_GROWTH + 1) * MARKS_GROWTH)
 
-    def marked_runs(self) -> Iterator[tuple[int, bytes]]:
-        """Runs of marked numbers, a GAP or more apart: the first, and the marks from there on."""
-        for start in range(0, len(self.marks), MARKS_PART):
-            marks, at = self.marks[start : start + MARKS_PART], start
-            for piece in marks.split(GAP) if marks != UNMARKED else ():
-                run = piece.lstrip(b"\0")
-                if run:
-                    yield at + len(piece) - len(run), run.rstrip(b"\0")
-                at += len(piece) + len(GAP)
+    def is_known(self, pfn: int) -> bool:
+        return pfn < len(self.marks) and self.marks[pfn] != 0
 
-    def meets(self, start: int, marks: bytes) -> bool:
-        """Whether any number that is marked in another ledger is marked here too."""
-        here, there = self.marks[start : start + len(marks)], marks.translate(REAL)
-        return bool(int.from_bytes(here, "little") & int.from_bytes(there, "little"))
+    def add(
+        self, file: bytes | None, page: int, entries: bytes, chosen: bytes, first: int, end: int
+    ) -> None:
+        """Take in the row's entries from `first` up to `end` that `chosen` marks by 0x80.
 
-    def reach(self, number: int) -> None:
-        """Have marks for numbers up to this one."""
-        if number >= len(self.marks):
-            self.marks.resize((number // MARKS_GROWTH + 1) * MARKS_GROWTH)
-
-    def add(self, words: bytes, chosen: bytes, first: int, end: int, place: Place) -> None:
-        """Take in the process's entries from `first` up to `end`, as far as they are chosen.
-
-        `place` is where entry 0 is, or would be.
+        Entry 0 is at this page of the file, or of the address space if that is None.
         """
-        file, index = place
         low = chosen.find(0x80, first, end)
         while low >= 0:
-            group, at = divmod(index + low, LANES)
-            stop = min(low - at + LANES, end)
-            # Up to the last that is chosen: what is a process's own beside them differs.
+            group, lane = divmod(page + low, LANES)
+            stop = min(low - lane + LANES, end)
             high = chosen.rfind(0x80, low, stop) + 1
-            key, part, which = (file, group), words[low * WORD : high * WORD], chosen[low:high]
-            content = DIGEST((key, at, part, which))
-            known = self.recent.pop(content, None)
-            if not known:
-                known = self._find(key, part, which, at)
-                if len(self.recent) >= min(2 * len(self.blocks), RECENT):
-                    del self.recent[next(iter(self.recent))]
+            part = entries[low * WORD : high * WORD]
+            self._add_group((file, group), lane, part, chosen[low:high])
             low = chosen.find(0x80, stop, end)
-            found, strays = known
-            if len(strays) <= MAX_LONE:  # more would take too much memory
-                self.recent[content] = known  # now the last to go
-            for number in strays:
-                self.strays[number] += 1
-            for block, same, number in found:
-                matches = self.matches[block]
-                if matches and not matches[-1][0] & same:  # so that few are kept
-                    others, many = matches.pop()
-                    same, number = same | others, number + many
-                matches.append((same, number))
 
-    def _find(self, key: Place, words: bytes, chosen: bytes, at: int) -> Known:
-        """Where the chosen entries, from lane `at` on, were entered; what is new, is entered."""
-        found: list[Found] = []
-        blocks, depth = self.blocks[key], 0
-        if not blocks and chosen.count(0x80) <= MAX_LONE:  # without what is made for many
-            return found, self._enter_lone(words, chosen)
-        strays: list[int] = []
-        left = int.from_bytes(chosen, "little") << 8 * at
-        planes: list[int] = []
-        while left:
-            if depth == len(blocks):
-                rest = octets(left >> 8 * at)
-                if rest.count(0x80) <= MAX_LONE:
-                    strays += self._enter_lone(words, rest)
-                    break
-                mark = OF_BLOCKS[len(self.of_file) % len(OF_BLOCKS)]
-                blocks.append(Block(self.of_file.setdefault(key[0], mark)))
-            planes = planes or planes_of(words, at)
-            block = blocks[depth]
-            depth += 1
-            same = block.same(planes, left)
-            fresh = left & ~(same | block.known)
-            if fresh:
-                new = self._enter(block.mark, words, fresh >> 8 * at, strays) << 8 * at
-                block.enter(planes, new)
-                self.entered[block] |= new
-                same |= new
-            if same:
-                found.append((block, same, how_many(same >> 8 * at)))
-            left &= ~(same | fresh)
-        return found, strays
+    def _add_group(self, place: Place, lane: int, entries: bytes, chosen: bytes) -> None:
+        """The same for entries of one group, from a lane on."""
+        kind = ANON if place[0] is None else FILE
+        block = self.blocks.get(place)
+        if not block:
+            if place in self.blocks or chosen.count(0x80) <= FEW:
+                self._look_at(kind, list(compress(pfns_of(entries), chosen)))
+                return
+            block = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
+            self.blocks[place] = self.by_mark[block.mark][place] = block
+        up = 8 * lane
+        planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
+        lanes = int.from_bytes(chosen, "little") << up
+        here, fresh = block.same(planes, lanes), lanes & ~block.known
+        new = self._mark_new(block.mark, entries, fresh >> up) << up if fresh else 0
+        if new:
+            block.enter(self.row, planes, new)
+        if here | new:
+            block.see(self.row, here | new, self.seen[kind], mapped=self.sibling is None)
+        if max(len(block.first), len(block.last)) > MAX_ROWS:
+            self._dissolve(place, block)
+        elsewhere = (lanes & ~(here | new)) >> up
+        if elsewhere:
+            self._look_at(kind, list(compress(pfns_of(entries), as_bytes(elsewhere))))
 
-    def _enter(self, mark: int, words: bytes, lanes: int, strays: list[int]) -> int:
-        """Mark the numbers in these lanes that nobody had, and return their lanes."""
-        chosen, marks = octets(lanes), self.marks
-        numbers = numbers_of(words[: len(chosen) * WORD])
-        if chosen.count(0x80) < len(numbers):
-            numbers = list(compress(numbers, chosen))
-        left = iter(numbers)
-        with contextlib.suppress(IndexError):  # beyond what marks reach
-            for number in left:  # the usual case, and the loop that costs most
-                if marks[number]:
-                    break
-                marks[number] = mark
+    def _mark_new(self, mark: int, entries: bytes, lanes: int) -> int:
+        """Mark the PFNs in these lanes that nobody had, and return their lanes."""
+        chosen = as_bytes(lanes)
+        pfns = list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
+        self._reach(max(pfns))
+        marks, left = self.marks, iter(pfns)
+        for pfn in left:  # the usual case, and the loop that costs most
+            if marks[pfn]:
+                break
+            marks[pfn] = mark
+        else:
+            return lanes
+        rest = [pfn, *left]
+        new = bytearray(chosen)
+        for at, pfn in zip([*compress(count(), chosen)][-len(rest) :], rest):
+            if marks[pfn]:
+                new[at] = 0
             else:
-                return lanes
-        rest = [number, *left]
-        entered = bytearray(chosen)
-        places = islice(compress(count(), chosen), len(numbers) - len(rest), None)
-        for at, new in zip(places, self._mark_each(rest, mark, strays)):
-            if not new:
-                entered[at] = 0
-        return int.from_bytes(entered, "little")
+                marks[pfn] = mark
+        return int.from_bytes(new, "little")
 
-    def _enter_lone(self, words: bytes, chosen: bytes) -> list[int]:
-        """Mark the chosen numbers that nobody had, outside of any Block: all are strays."""
-        strays: list[int] = []
-        numbers = list(compress(numbers_of(words), chosen))
-        lone = list(compress(numbers, self._mark_each(numbers, LONE, strays)))
-        self.lone += lone
-        return strays + lone
+    def _look_at(self, kind: int, pfns: list[int]) -> None:
+        """Take in the row's frames one by one; those of Blocks wait until finish()."""
+        self._reach(max(pfns))
+        row, mappings, marks = self.row, int(self.sibling is None), self.marks
+        singles, seen, astray = self.singles, self.seen[kind], self.astray[kind]
+        for pfn in pfns:
+            mark = marks[pfn]
+            if mark > SINGLE:
+                astray.append(pfn)
+            elif mark != UNREAL:
+                if mark == CLAIMED:
+                    huge = pfn - pfn % self.kernel.pmd_pages
+                    self._make_single([(pfn, *self.claims[huge], 1)])
+                elif mark != SINGLE:
+                    self._make_single([(pfn, row, NOBODY, 0)])
+                frames, at = singles[pfn // SINGLES], pfn % SINGLES * 3
+                last = frames[at + 1]
+                if last != row:
+                    seen[last] += 1
+                    frames[at + 1] = row
+                frames[at + 2] += mappings
 
-    def _mark_each(self, numbers: list[int], mark: int, strays: list[int]) -> Iterator[bool]:
-        """Mark the numbers that nobody had, and tell of each whether; others are strays."""
-        self.reach(max(numbers))
-        marks = self.marks
-        for number in numbers:
-            had = marks[number]
-            if not had:
-                marks[number] = mark
-            elif had != UNREAL:
-                strays.append(number)
-            yield not had
+    def _make_single(self, records: Iterable[Record]) -> None:
+        """Know these frames one by one."""
+        for pfn, *record in records:
+            self.marks[pfn] = SINGLE
+            if pfn // SINGLES not in self.singles:
+                self.singles[pfn // SINGLES] = array.array("i", bytes(12 * SINGLES))
+            at = pfn % SINGLES * 3
+            self.singles[pfn // SINGLES][at : at + 3] = array.array("i", record)
 
-    def claim(self, first: int) -> bool:
-        """Whether nobody before has anything of the huge page from this PFN on."""
-        self.reach(first + PMD_PAGES - 1)
-        if any(self.marks[first : first + PMD_PAGES]):
-            return False
-        self.marks[first : first + PMD_PAGES] = bytes([CLAIMED]) * PMD_PAGES
-        self.claims.append(first)
-        return True
+    def _dissolve(self, place: Place, block: Block) -> None:
+        """Have a Block's frames single."""
+        self._make_single(block.records())
+        self.blocks[place] = None
+        del self.by_mark[block.mark][place]
 
-    def commit(self) -> tuple[int, int]:
-        """End the process: how many different numbers it has, and how many nobody had before."""
-        new = len(self.lone) + sum(map(how_many, self.entered.values()))
-        astray = {n for n in self.strays if self.marks[n] != LONE}
-        distinct = len(self.strays) - len(astray)
-        for block, matches in self.matches.items():
-            for lanes, number in matches if self.uss else ():
-                block.add_inside(lanes)
-                self.mapped[block.mark] += number
-            lanes, number = matches[0]
-            if len(matches) > 1:
-                lanes = functools.reduce(int.__or__, [lanes for lanes, _ in matches])
-                number = how_many(lanes)
-            distinct += number
-            if astray:
-                astray.difference_update(block.numbers(lanes))
-        if self.uss:
-            self.stray_mappings.update(self.strays)
-        self.claimed += self.claims
-        self._begin()
-        return distinct + len(astray), new
+    def claim(self, page: int, entry: int) -> None:
+        """Take in a private huge page of the row: as a whole, if nobody else has any of it."""
+        first, size = entry & PFN_MASK, self.kernel.pmd_pages
+        self._reach(first + size - 1)
+        marks = self.marks[first : first + size]
+        if not any(marks):
+            self.marks[first : first + size] = bytes([CLAIMED]) * size
+            self.claims[first] = self.row, self.row
+            self.seen[ANON][NOBODY] += size
+        elif marks.count(CLAIMED) == size and self.claims[first][1] == self.sibling:
+            self.claims[first] = self.claims[first][0], self.row
+            self.seen[ANON][self.sibling] += size
+        else:
+            self.add(None, page, self.kernel.huge_entries(entry), b"\x80" * size, 0, size)
 
-    def rollback(self) -> None:
-        """Forget what came from the current process."""
-        self.recent.clear()
-        for block, lanes in self.entered.items():
-            for number in block.numbers(lanes):
-                self.marks[number] = 0
-            block.known &= ~lanes
-        for number in self.lone:
-            self.marks[number] = 0
-        for first in self.claims:
-            self.marks[first : first + PMD_PAGES] = bytes(PMD_PAGES)
-        self._begin()
+    def finish(self) -> None:
+        """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
+        for kind, pfns in enumerate(self.astray):
+            for mark in {self.marks[pfn] for pfn in pfns} - {SINGLE}:
+                of_mark = {pfn for pfn in pfns if self.marks[pfn] == mark}
+                for place, block in [*self.by_mark[mark].items()]:
+                    if not of_mark.isdisjoint(compress(block.pfns(), as_bytes(block.known))):
+                        self._dissolve(place, block)
+            if pfns:
+                self._look_at(kind, pfns)
 
 
 class Census:
-    """The count over all processes; without `kernel`, of those whose page tables are not read."""
+    """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
 
-    def __init__(self, kernel: Kernel | None, uss: bool) -> None:
-        self.kernel: Any = kernel
-        self.frames = Ledger(uss)
-        self.slots: defaultdict[int, Ledger] = defaultdict(lambda: Ledger(False))  # by swap type
-        self.private = self.pages = 0  # ANON_EXCLUSIVE frames; pagemap entries read
-        for pfn in kernel.zero_pages if kernel else ():
-            self.frames.reach(pfn)
-            self.frames.marks[pfn] = UNREAL
-        # By page and PFN of a process's first ANON_EXCLUSIVE frame, where its pagemap is, and
-        # what any other counts that has the same: they share their memory (vfork, CLONE_VM).
-        self.witnesses: dict[tuple[int, int], tuple[str, Row]] = {}
+    def __init__(self, kernel: Kernel, nodes: list[Node]) -> None:
+        self.kernel = kernel
+        self.parents = [0, *(node.parent for node in nodes)]
+        self.frames = Ledger(kernel)
+        self.slots: dict[int, Ledger] = {}  # by swap type
+        # By row: the first and the last row that share its address space, and how many private
+        # frames that has; siblings have the same list.
+        self.spaces: dict[int, list[int]] = {}
+        # By row, in frames and slots.  Until add_up(), `below` and `freed` are what is to be
+        # summed over subtrees.
+        self.unique, self.freed, *lists = ([0] * len(self.parents) for _ in range(8))
+        self.own, self.below = lists[:3], lists[3:]  # by kind
 
-    def process(self, reading: Reading, tell: Callable[[int], None]) -> Row:
-        """Count one process; tell of pages read, of all processes.
+    def count(self, row: int, pages: Pages) -> None:
+        """Count what one process has."""
+        for ledger in (self.frames, *self.slots.values()):
+            ledger.begin(row, pages.sibling)
+        self._count_private(row, pages)
+        for start, entries in pages.pieces:
+            self._count_piece(start, entries, pages.files)
+        for ledger in (self.frames, *self.slots.values()):
+            ledger.finish()
+        self.unique[row] = sum(seen[NOBODY] for seen in self.frames.seen)
+        slots = [(SLOT, ledger.seen[ANON]) for ledger in self.slots.values()]
+        for kind, seen in (*enumerate(self.frames.seen), *slots):
+            self.own[kind][row] += sum(seen.values())
+            self.below[kind][row] += sum(seen.values())
+            for other, number in seen.items():
+                if other != NOBODY:
+                    self.below[kind][self._common_ancestor(other, row)] -= number
 
-        Also `new_swap`, which nobody had before, and `twin`, if its memory is another's.
-        If that raises an error, it is as if the process had never been met.
-        """
-        private, witness = 0, None
-        try:
-            for start, words in reading.chunks():
-                self.pages += len(words) // WORD
-                tell(self.pages)
-                kinds = words[FLAGS::WORD].translate(KINDS)
-                if not witness and ANON_EXCLUSIVE in kinds:  # true of a huge page's first page, too
-                    at = kinds.index(ANON_EXCLUSIVE)
-                    witness = start + at, numbers_of(words[at * WORD : (at + 1) * WORD])[0]
-                    twin = self._twin(witness, reading)
-                    if twin:
-                        self.rollback()
-                        return twin
-                kinds = self._real_kinds(start, words, kinds)
-                privates = kinds.count(ANON_EXCLUSIVE)
-                private += privates
-                if privates + kinds.count(NOTHING) < len(kinds):
-                    self._shared(start, words, kinds, reading.files)
-        except BaseException:
-            self.rollback()
-            raise
-        frames, new_frames = self.frames.commit()
-        slots = new_slots = 0
-        for ledger in self.slots.values():
-            more, new = ledger.commit()
-            slots, new_slots = slots + more, new_slots + new
-        self.private += private
-        frames += private
-        row: Row = {"frames": frames, "unique": private + new_frames, "size": frames * PAGE_SIZE}
-        row |= {"swap": slots * PAGE_SIZE, "new_swap": new_slots * PAGE_SIZE, "twin": False}
-        if witness:
-            twin = {**row, "unique": 0, "new_swap": 0, "twin": True}
-            self.witnesses[witness] = reading.path, twin
+    def _common_ancestor(self, one: int, other: int) -> int:
+        """The lowest row above both, or either itself; a subtree is an interval of rows."""
+        least, row = min(one, other), max(one, other)
+        while row > least:
+            row = self.parents[row]
         return row
 
-    def rollback(self) -> None:
-        for ledger in self.frames, *self.slots.values():
-            ledger.rollback()
+    def _count_private(self, row: int, pages: Pages) -> None:
+        """Private memory is the row's own, or common to all siblings."""
+        space = self.spaces[row] = self.spaces.get(pages.sibling or 0) or [row, row, 0]
+        first, last, private = space
+        common = min(private, pages.private)
+        self.frames.seen[ANON][last] += common
+        self.frames.seen[ANON][NOBODY] += pages.private - common
+        space[:] = first, row, max(private, pages.private)
+        for page, entry in pages.huge:
+            self.frames.claim(page, entry)
 
-    def _twin(self, witness: tuple[int, int], reading: Reading) -> Row | None:
-        """The count, if a process has the same ANON_EXCLUSIVE frame at this moment."""
-        path, counted = self.witnesses.get(witness, ("", None))
-        if counted:
-            with contextlib.suppress(OSError), open(path, "rb") as pagemap:
-                there = read_words(pagemap.fileno(), witness[0], 1)
-                if there and there == read_words(reading.pagemap, witness[0], 1):
-                    return counted if KINDS[there[FLAGS]] == ANON_EXCLUSIVE else None
-        return None
-
-    def _real_kinds(self, start: int, words: bytes, kinds: bytes) -> bytes:
-        """The kinds with ANON_EXCLUSIVE only where it is true, and the huge zero page as NOTHING.
-
-        EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have
-        its first page's bit (before 6.11, and seen again in 6.18), while others may
-        have its other pages, having copied or given up the first after a fork.  So such
-        a page is claimed in the ledger, and shared if any of it is there already.  And
-        the huge zero page, which always comes whole, passes for a file's.
-        """
-        for at in range(-start % PMD_PAGES, len(kinds) - PMD_PAGES + 1, PMD_PAGES):
-            kind = kinds[at]
-            if words[at * WORD] or kind not in (ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE):
-                continue  # the usual case: PFNs of huge pages end in zeros
-            entry = int.from_bytes(words[at * WORD : (at + 1) * WORD], "little")
-            pfn = entry & NUMBER_MASK
-            huge = (RAMP + entry * ONES).to_bytes(PMD_PAGES * WORD, "little")  # if it begins one
-            if pfn % PMD_PAGES or words[at * WORD : (at + PMD_PAGES) * WORD] != huge:
-                continue
-            if kind == ANON_EXCLUSIVE and not self.frames.claim(pfn):
-                kind = ANON_OR_DEVICE
-            elif kind != ANON_EXCLUSIVE and self.kernel.has(pfn, KPF_ZERO_PAGE):
-                kind = NOTHING
-            kinds = kinds[:at] + bytes([kind]) * PMD_PAGES + kinds[at + PMD_PAGES :]
-        return kinds
-
-    def _shared(self, start: int, words: bytes, kinds: bytes, files: list[FileVma]) -> None:
+    def _count_piece(self, start: int, entries: bytes, files: list[Vma]) -> None:
         """Take in what others may have: what is a file's by its place there, else by address."""
-        of_file = kinds.translate(EQUALS[FILE_PAGE])
-        shared = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
-        size, maybe_devices = len(kinds), ANON_OR_DEVICE in kinds
-        add, here, past = self.frames.add, (None, start), 0
-        for i in range(max(0, bisect(files, (start,)) - 1), len(files)):
-            first, end, shift, file = files[i]
-            first, end = first - start, end - start  # of the entries, as far as they go
-            if first >= size:
+        kinds = entries[FLAGS::WORD].translate(KINDS)
+        shared = kinds.translate(EQUALS[ANON_OR_DEVICE]) if ANON_OR_DEVICE in kinds else b""
+        of_file = kinds.translate(EQUALS[FILE_PAGE]) if FILE_PAGE in kinds else b""
+        add, size, past = self.frames.add, len(kinds), 0  # past: so far, pages of files are in
+        for at in range(max(0, bisect(files, (start,)) - 1), len(files)):
+            vma = files[at]
+            if vma.start >= start + size:
                 break
-            if first < 0:
-                first, end = 0, max(0, end)
-            add(words, of_file, past, first, here)
-            add(words, of_file, first, end, (file, shift + start))
-            past = end
-            # The process's own copies, or a device's:
-            if maybe_devices and kinds.find(ANON_OR_DEVICE, first, end) >= 0:
-                numbers = numbers_of(words[first * WORD : end * WORD])
-                for at, pfn in compress(enumerate(numbers, first), shared[first:end]):
-                    if not (self.frames.mark_of(pfn) or self.kernel.has(pfn, KPF_ANON)):
-                        shared[at] = 0
-        add(words, of_file, past, size, here)
-        add(words, bytes(shared), 0, size, here)
+            first, end = max(past, vma.start - start), min(vma.end - start, size)
+            if first < end:
+                add(b"", start, entries, of_file, past, first)
+                add(vma.file, start + vma.shift, entries, of_file, first, end)
+                shared = self._without_devices(entries, shared, first, end)
+                past = end
+        add(b"", start, entries, of_file, past, size)
+        add(None, start, entries, shared, 0, size)
         if IN_SWAP in kinds:
-            self._swapped(start, words, kinds.translate(EQUALS[IN_SWAP]))
+            self._count_swapped(start, entries, kinds.translate(EQUALS[IN_SWAP]))
 
-    def _swapped(self, start: int, words: bytes, lanes: bytes) -> None:
+    def _without_devices(self, entries: bytes, chosen: bytes, first: int, end: int) -> bytes:
+        """Leave out a device's memory in a file's VMA; what else is no file's there are copies."""
+        if chosen.find(0x80, first, end) >= 0:
+            pfns = pfns_of(entries[first * WORD : end * WORD])
+            for at, pfn in compress(enumerate(pfns, first), chosen[first:end]):
+                if not (self.frames.is_known(pfn) or self.kernel.has(pfn, KPF_ANON)):
+                    chosen = chosen[:at] + b"\0" + chosen[at + 1 :]
+        return chosen
+
+    def _count_swapped(self, start: int, entries: bytes, chosen: bytes) -> None:
         """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
-        size, types = len(lanes), words[::WORD].translate(SWAP_TYPE_OF)
-        offsets = (int.from_bytes(words, "little") >> SWAP_TYPE_BITS).to_bytes(len(words), "little")
-        swapped = int.from_bytes(lanes, "little")
-        for swap_type in {*compress(types, lanes)} & {*range(SWAP_TYPES)}:
-            of_type = int.from_bytes(types.translate(EQUALS[swap_type]), "little")
-            real = (of_type & swapped).to_bytes(size, "little")
-            self.slots[swap_type].add(offsets, real, 0, size, (None, start))
+        size, types = len(chosen), entries[::WORD].translate(SWAP_TYPE_OF)
+        shifted = int.from_bytes(entries, "little") >> SWAP_TYPE_BITS
+        offsets, lanes = shifted.to_bytes(len(entries), "little"), int.from_bytes(chosen, "little")
+        for swap_type in {*compress(types, chosen)} & {*range(SWAP_TYPES)}:
+            if swap_type not in self.slots:
+                self.slots[swap_type] = Ledger()
+                self.slots[swap_type].begin(self.frames.row)
+            of_type = lanes & int.from_bytes(types.translate(EQUALS[swap_type]), "little")
+            marked = of_type.to_bytes(size, "little")
+            self.slots[swap_type].add(None, start, offsets, marked, 0, size)
 
-    def uss_of_set(self, pids: list[int]) -> int:
-        """How many frames have all their mappings in the set; 0 if that is not wanted.
+    def add_up(self, with_freed: bool) -> None:
+        """All rows are counted: sum `below` and `freed` over subtrees."""
+        for first, last, number in self._freed() if with_freed else ():
+            self.freed[self._common_ancestor(first, last)] += number
+        for figures in (*self.below, self.freed):
+            for row in range(len(figures) - 1, 0, -1):
+                figures[self.parents[row]] += figures[row]
+        for own, below in zip(self.own, self.below):
+            own[0] = below[0]
+        self.unique[0] = sum(self.unique)
 
-        How many they have tells /proc/kpagecount (pagemap.rst), of which only what is needed
-        is read.  Mappings of the processes with these PIDs, which are memuse, are taken off.
-        """
-        frames = self.frames
-        if not (self.kernel and frames.uss):
-            return 0
-        own = self._own_mappings(pids)
-        counts, many, of_mark = self._mapcounts()
-        for _ in range(3):
-            before, own = own, self._own_mappings(pids)
-            if own == before:
-                break
-            for number in (own - before) + (before - own):  # code that ran for the first time
-                (mapcount,) = unpack(read_words(self.kernel.kpagecount, number, 1))
-                counts[number], many[number] = min(mapcount, MANY), mapcount
-        alone = self.private
-        # What is left when mappings that no Block knows of, and memuse's own, are taken off:
-        for number, times in (frames.stray_mappings + own).items():
-            left = max(0, many.get(number, counts[number]) - times)
-            counts[number], many[number] = min(left, MANY), left
-            alone += frames.marks[number] == LONE and not left
-        for first in frames.claimed:
-            alone -= sum(mapcount > 1 for mapcount in counts[first : first + PMD_PAGES])
-        for block in chain.from_iterable(frames.blocks.values()):
-            if of_mark[block.mark] == frames.mapped[block.mark]:
-                alone += how_many(block.known)  # if so together, each is
-                continue
-            numbers = block.numbers(block.known)
-            mapcounts = [counts[number] for number in numbers]
-            if MANY in mapcounts:
-                mapcounts = [many.get(number, counts[number]) for number in numbers]
-            alone += sum(map(int.__le__, mapcounts, block.mappings()))
-        return alone
+    def _freed(self) -> Iterator[tuple[int, int, int]]:
+        """First row, last row, and how many of their frames nobody outside of the set maps."""
+        # Their mapcount is what the set maps, or less where a process has ended meanwhile.
+        frames, size = self.frames, self.kernel.pmd_pages
+        mapcounts = mapcounts_of(self.kernel, frames)
+        for first, last, private in {id(space): space for space in self.spaces.values()}.values():
+            yield first, last, private
+        for pfn, (first, last) in frames.claims.items():
+            pairs = zip(mapcounts[pfn : pfn + size], frames.marks[pfn : pfn + size])
+            yield first, last, sum(n <= 1 and mark == CLAIMED for n, mark in pairs)
+        for block in filter(None, frames.blocks.values()):
+            alone = block.mapped_by_nobody_else(mapcounts)
+            for first, these in block.first.items():
+                for last, those in block.last.items():
+                    yield first, last, how_many(alone & these & those)
+        for group, records in frames.singles.items():
+            marks = frames.marks[group * SINGLES : (group + 1) * SINGLES]
+            each = zip(count(group * SINGLES), marks, records[::3], records[1::3], records[2::3])
+            for pfn, mark, first, last, mappings in each:
+                if mark == SINGLE and mapcounts[pfn] <= mappings:
+                    yield first, last, 1
 
-    def _mapcounts(self) -> tuple[mmap.mmap, dict[int, int], list[int]]:
-        """Of all frames that are marked: by PFN a byte with the mapcount, at most MANY; exact
-        mapcounts of those with MANY or more, by PFN; and by mark, the sum of mapcounts.
-        """
-        frames, of_mark = self.frames, [0] * 256
-        many: dict[int, int] = {}
-        counts = lazy_bytes(len(frames.marks))
-        for first, marks in frames.marked_runs():
-            words = read_words(self.kernel.kpagecount, first, len(marks))
-            low = words[::WORD]
-            mapcounts: Sequence[int] = low
-            if MANY in low or words.count(0) - low.count(0) < (WORD - 1) * len(low):
-                mapcounts = unpack(words)
-                low = bytes(min(mapcount, MANY) for mapcount in mapcounts)
-                many.update((pfn, n) for pfn, n in enumerate(mapcounts, first) if n >= MANY)
-            counts[first : first + len(low)] = low
-            if marks.count(marks[0]) == len(low):
-                of_mark[marks[0]] += sum(mapcounts)
-                continue
-            for mark in {*marks} - {0}:
-                of_mark[mark] += sum(compress(mapcounts, marks.translate(EQUALS[mark])))
-        return counts, many, of_mark
-
-    def _own_mappings(self, pids: list[int]) -> Counter[int]:
-        """How often memuse itself maps the set's frames: that is not outside of the set."""
-        own: Counter[int] = Counter()
-        frames, files = self.frames, {file for file, _ in self.frames.blocks}
-        for pid in pids:
-            with open(proc(f"{pid}/pagemap"), "rb", buffering=0) as pagemap:
-                for start, end, _, file in parse_maps(read_file(proc(f"{pid}/maps")))[1]:
-                    if file in files:
-                        words = read_words(pagemap.fileno(), start, end - start)
-                        kinds = words[FLAGS::WORD].translate(KINDS)
-                        pfns = compress(numbers_of(words), kinds.translate(EQUALS[FILE_PAGE]))
-                        own.update(pfn for pfn in pfns if frames.mark_of(pfn) > CLAIMED)
-        return own
+    def figures(self, row: int) -> dict[str, int]:
+        """What was counted of a row; after add_up()."""
+        anon, file, slots = (own[row] for own in self.own)
+        tree = self.below[ANON][row] + self.below[FILE][row]
+        sizes = {"size": anon + file, "tree": tree, "freed": self.freed[row]}
+        sizes.update(anon=anon, file=file, swap=slots)
+        figures = {name: number * self.kernel.machine.page_size for name, number in sizes.items()}
+        return {"frames": anon + file, "unique": self.unique[row], **figures}
 
 
-# ---- The set of processes -----------------------------------------------------
+GAP = bytes(64)  # PFNs nobody has; fewer cost less to read over than another call
+MARKS_PART = 1 << 12  # so many are looked through in one go
+UNMARKED = bytes(MARKS_PART)
 
 
-def process_tree(roots: list[int]) -> list[Node]:
-    """The processes with these PIDs and their descendants, depth first, siblings by PID.
+def mapcounts_of(kernel: Kernel, ledger: Ledger) -> memoryview:
+    """By PFN, how often a ledger's frames are mapped, but by memuse (kpagecount, pagemap.rst)."""
+    mapcounts = memoryview(lazy_bytes(4 * len(ledger.marks))).cast("I")
 
-    From one pass over all processes: psutil's children(recursive=True) loses those
-    whose parent exits between its two passes, and takes longer.  Error if a root is not there.
-    """
-    stats: dict[int, Stat] = {}
-    children = defaultdict(list)
-    for pid in sorted({*psutil.pids()} - {own_pid()}):
-        stat = stat_of(pid)
-        if stat:
-            stats[pid] = stat
-            children[stat.ppid].append(pid)
-    for root in roots:
-        if root not in stats:
-            raise Error(f"there is no process {root}")
+    def read(first: int, number: int) -> None:
+        words = unpack(kernel.machine.words(kernel.counts, first, number))
+        mapcounts[first : first + len(words)] = array.array("I", words)
 
-    def walk(stack: list[tuple[int, int]]) -> dict[int, Node]:
-        nodes: dict[int, Node] = {}
-        while stack:
-            pid, depth = stack.pop()
-            if pid not in nodes:
-                nodes[pid] = Node(pid, stats[pid], depth)
-                stack += [(child, depth + 1) for child in reversed(children[pid])]
-        return nodes
-
-    below = walk([(child, 1) for root in roots for child in children[root]])
-    tops = [root for root in roots if root not in below] or roots
-    return list(walk([(root, 0) for root in reversed(tops)]).values())
+    own = own_mappings(kernel.machine, ledger)
+    for start in range(0, len(ledger.marks), MARKS_PART):
+        marks, at = ledger.marks[start : start + MARKS_PART], start
+        for piece in marks.split(GAP) if marks != UNMARKED else ():
+            run = piece.strip(b"\0")
+            if run:
+                read(at + piece.find(run), len(run))
+            at += len(piece) + len(GAP)
+    for _ in range(3):
+        before, own = own, own_mappings(kernel.machine, ledger)
+        changed = (own - before) + (before - own)  # code that ran for the first time
+        for pfn in changed:
+            read(pfn, 1)
+        if not changed:
+            break
+    for pfn, times in own.items():
+        mapcounts[pfn] = max(0, mapcounts[pfn] - times)
+    return mapcounts
 
 
-def count_each(job: Job, tell: Tell) -> tuple[Census, list[Outcome]]:
-    """What becomes of each process; Unfit if one changes of which the job is only a part."""
-    census = Census(job.kernel, "uss" in job.columns)
-    outcomes: list[Outcome] = []
-    opened: list[int] = []
-    for node in job.nodes:
-        told = functools.partial(tell, len(outcomes))
-        told(census.pages)
-        outcome: Outcome = "it changed whenever it was read"
-        for _ in range(3):
-            try:
-                reading = Reading(node, job, opened)
-                outcome = {**reading.row, **census.process(reading, told)}
-                break
-            except VANISHED:
-                stat = stat_of(node.pid)
-                if not stat or stat.started != node.stat.started or is_exiting(stat):
-                    outcome = None
-                    break
-                if job.stripes is not None:  # for the other part, it may have been read before
-                    raise Unfit from None
-                node = node._replace(stat=stat)
-            except (OSError, psutil.AccessDenied) as error:
-                number = getattr(error, "errno", None) or errno.EACCES
-                if number == errno.ENOMEM:
-                    raise  # not because of this process
-                outcome = os.strerror(number)
-                break
-            finally:
-                while opened:
-                    os.close(opened.pop())
-        outcomes.append(outcome)
-    return census, outcomes
+def own_mappings(machine: Machine, ledger: Ledger) -> Counter[int]:
+    """How often memuse itself maps the set's frames, which is not outside of the set."""
+    own: Counter[int] = Counter()
+    path = f"{machine.proc}/{machine.own_pid()}"
+    vmas = parse_maps(machine.read(f"{path}/maps"), machine.page_size)
+    with machine.opened(f"{path}/pagemap") as pagemap:
+        for start, end in areas_of(files_of(vmas)):
+            entries = machine.words(pagemap, start, end - start)
+            of_file = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[FILE_PAGE])
+            own.update(pfn for pfn in compress(pfns_of(entries), of_file) if ledger.is_known(pfn))
+    return own
 
 
-def count_in_one(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
-    """What becomes of each process; and how many frames only the set maps, or 0."""
-    census, outcomes = count_each(job, tell)
-    return outcomes, census.uss_of_set([own_pid()])
+# ---- The report ---------------------------------------------------------------------------------
 
 
-# ---- Counting by two processes ------------------------------------------------
-
-# A second process takes less time from so many pages on, beyond those in each process that take
-# as long to read as its files to open, which both have to do.
-FORK_FROM, OPENING = 1 << 17, 1 << 13
-
-
-def shares_of(job: Job) -> list[Job]:
-    """Two jobs that take about as long.
-
-    For a page, smaps takes about what pagemap does, but cannot be read by stripes.
-    """
-    pids: tuple[set[int], set[int]] = set(), set()
-    pages = [0, 0]
-    for node in job.nodes if job.columns & FROM_SMAPS else ():
-        which = pages[1] <= pages[0]
-        pids[which].add(node.pid)
-        pages[which] += node.stat.rss
-    ahead = (pages[1] - pages[0]) / (sum(pages) or 1)
-    middle = round(len(STRIPES) * (1 + ahead) / 2)
-    ours = job._replace(stripes=STRIPES[:middle], smaps_of=pids[0])
-    figures = job.columns - TEXTS  # which are no sums
-    return [ours, job._replace(columns=figures, stripes=STRIPES[middle:], smaps_of=pids[1])]
-
-
-def count_in_two(job: Job, tell: Tell) -> tuple[list[Outcome], int]:
-    """As count_in_one(), by two processes that do not share an interpreter's lock.
-
-    Each counts its stripes of every process, so that a frame, however many share it, is
-    met by one of them only, and all figures are sums.  Unfit if a number is marked by both,
-    as with KSM or after mremap; if a process changed meanwhile; or if the second fails.
-    """
-    ours, theirs = shares_of(job)
-    first = own_pid()
-    pages = memoryview(mmap.mmap(-1, PAGE_SIZE)).cast("Q")  # shared: how many the other read
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, there is nothing to wait for
-    try:
-        answer, end = os.pipe()
-        other = os.fork()
-    except OSError:
-        raise Unfit from None
-    if not other:
-        os.close(answer)
-        second_process(theirs, pages, first, end)
-    os.close(end)
-
-    def tell_both(done: int, here: int) -> None:
-        tell(done, here + pages[0])
-        if os.waitid(os.P_PID, other, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            raise Unfit
-
-    try:
-        with open(answer, "rb") as file:
-            census, outcomes = count_each(ours, tell_both)
-            second = marshal.load(file)
-            alone = census.uss_of_set([first, second])
-            others, others_alone = marshal.load(file)
-            for swap_type, start, marks in iter(functools.partial(marshal.load, file), None):
-                ledger = census.frames if swap_type is None else census.slots[swap_type]
-                if ledger.meets(start, marks):
-                    raise Unfit
-    except (EOFError, TypeError, ValueError, *VANISHED):  # the other process ended
-        raise Unfit from None
-    finally:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
-    sums = FROM_PAGEMAP | FROM_SMAPS | {"new_swap"}
-    for one, another in zip(outcomes, others):
-        if isinstance(one, dict) and isinstance(another, dict) and one["twin"] == another["twin"]:
-            one.update({name: one[name] + another[name] for name in sums})
-        elif one != another:
-            raise Unfit
-    return outcomes, alone + others_alone
-
-
-def second_process(job: Job, pages: memoryview, first: int, end: int) -> NoReturn:
-    """What the second process does, until it is killed; it ends early if something goes wrong."""
-    try:
-        first_ended = select.poll()
-        first_ended.register(end, 0)  # the other end of the pipe closes with it
-
-        def tell(_: int, here: int) -> None:
-            pages[0] = here
-            if first_ended.poll(0):
-                os._exit(1)
-
-        with open(end, "wb") as file:
-            second = own_pid()
-            marshal.dump(second, file)
-            file.flush()
-            census, outcomes = count_each(job, tell)
-            alone = census.uss_of_set([first, second])
-            marshal.dump((outcomes, alone), file)
-            for swap_type, ledger in (None, census.frames), *census.slots.items():
-                for start, marks in ledger.marked_runs():
-                    marshal.dump((swap_type, start, marks), file)
-            marshal.dump(None, file)
-            file.flush()
-            first_ended.poll()  # until then, what is mapped here is to stay the same
-    finally:
-        os._exit(1)
-
-
-# ---- The report ---------------------------------------------------------------
-
-# The processes, then all together; PIDs left out, and why; how many exited.
-Report = namedtuple("Report", "rows total skipped exited")
+class Report(NamedTuple):
+    rows: list[Row]
+    total: Row
+    skipped: dict[int, str]  # PIDs of rows that could not be read, and why
+    exited: list[int]  # PIDs of processes that ended while they were read
 
 
 def measure(
-    roots: list[int], wanted: set[str], kernel: Kernel | None, progress: Progress
+    machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]
 ) -> Report:
-    """Count the processes with these PIDs and their descendants, as one set.
+    """Read and count these processes as one set; without a kernel, no page tables."""
+    figures: list[KernelFigures] = []
 
-    Error if a root is not there, or ends before it is read.
-    """
-    nodes = process_tree(roots)
-    job = Job(nodes, wanted, kernel, None, {node.pid for node in nodes})
+    def read_figures() -> None:
+        figures.extend(kernel_figures(machine, node) for node in nodes)
 
-    tell = functools.partial(progress, len(nodes))
-    pages = sum(node.stat.rss - OPENING for node in nodes if node.stat.rss)
-    result = None
-    if (kernel or wanted & FROM_SMAPS) and pages > FORK_FROM and len(os.sched_getaffinity(0)) > 1:
-        with contextlib.suppress(Unfit):
-            result = count_in_two(job, tell)
-    outcomes, alone = result or count_in_one(job, tell)
-    for node, outcome in zip(nodes, outcomes):
-        if outcome is None and node.pid in roots:
-            raise Error(f"process {node.pid} exited while it was being read")
-    rows = [outcome for outcome in outcomes if isinstance(outcome, dict)]
-    skipped = {node.pid: why for node, why in zip(nodes, outcomes) if isinstance(why, str)}
-    sums = "rss", "pss", "unique", "new_swap"
-    total: Row = {name: sum(row[name] for row in rows) for name in sums}
-    total |= {"frames": total["unique"], "size": total["unique"] * PAGE_SIZE}
-    total |= {"swap": total["new_swap"], "command": plural(len(rows))}
-    if kernel and "uss" in wanted:
-        total["uss"] = alone * PAGE_SIZE
-    return Report(rows, total, skipped, outcomes.count(None))
+    # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
+    thread = threading.Thread(target=read_figures, daemon=True)
+    if columns & FROM_ROLLUP:
+        try:
+            thread.start()
+        except RuntimeError:  # too little memory, or as many threads as there may be
+            raise Error("cannot start a thread") from None
+    progress = Progress(len(nodes))
+    reader = Reader(machine, kernel, columns, progress)
+    census = Census(kernel, nodes) if kernel else None
+    processes: list[Process | None] = []
+    for number, node in enumerate(nodes, 1):
+        process = reader.read(number, node)
+        if process and process.pages and census:
+            census.count(number, process.pages)
+            process = process._replace(pages=None)  # before those of the next one are read
+        processes.append(process)
+    if census:
+        census.add_up("freed" in columns)
+    progress.clear()
+    if columns & FROM_ROLLUP:
+        thread.join()
+
+    report = Report([], dict.fromkeys(SUMS & columns, 0), {}, [])
+    depths = [-1]
+    for number, (node, process) in enumerate(zip(nodes, processes), 1):
+        # What is below one that exited is drawn below its parent.
+        depths.append(depths[node.parent] + bool(process))
+        if not process:
+            report.exited.append(node.pid)
+            continue
+        row = {**process.row, "depth": depths[-1]}
+        of_kernel = figures[number - 1] if figures else {}
+        if of_kernel is None or (figures and not process.stat.is_same(node.stat)):  # exec
+            of_kernel = kernel_figures(machine, node._replace(stat=process.stat)) or {}
+        if isinstance(of_kernel, PermissionError):
+            process = process._replace(unread=process.unread or reason(of_kernel))
+            of_kernel = {}
+        if isinstance(of_kernel, (OSError, MemoryError)):
+            raise of_kernel
+        row.update(of_kernel, **(census.figures(number) if census else {}))
+        if process.unread:
+            report.skipped[node.pid] = process.unread
+            row = {name: value for name, value in row.items() if name not in FIGURES}
+        report.rows.append(row)
+        for name in report.total:
+            report.total[name] += row.get(name, 0)
+    return report._replace(total={**report.total, **(census.figures(0) if census else {})})
 
 
-# ---- Output -------------------------------------------------------------------
+# ---- Output -------------------------------------------------------------------------------------
+
+
+def kib(size: int) -> str:
+    return str(size // 1024)
 
 
 def human(size: int) -> str:
@@ -1259,13 +1246,18 @@ def human(size: int) -> str:
     return f"{value:.{int(power > 0 and round(value, 1) < 10)}f}{' KMGTPE'[power].strip()}"
 
 
+UNITS = {kib: "KiB, ", str: "bytes, ", human: ""}
+# How a tree is drawn: further down, a child, the last child; and what stands for a cut path.
+LINES, ASCII = ("│  ", "├─ ", "└─ ", "…"), ("|  ", "|- ", "`- ", "~")
+
+
 def plural(number: int) -> str:
     return f"{number} process{'' if number == 1 else 'es'}"
 
 
-def tree_lines(depths: list[int], ascii_only: bool) -> list[str]:
+def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     """What stands before each row's command to draw the tree."""
-    down, tee, corner = ("|  ", "|- ", "`- ") if ascii_only else ("│  ", "├─ ", "└─ ")
+    down, tee, corner = drawing[:3]
     lines = []
     later: list[bool] = []  # by depth: whether a row further down has the same parent
     for depth in reversed(depths):
@@ -1277,83 +1269,98 @@ def tree_lines(depths: list[int], ascii_only: bool) -> list[str]:
 
 
 def table(
-    report: Report, columns: list[str], size: Callable[[int], str], ascii_only: bool
+    report: Report, columns: list[str], size: Callable[[int], str], width: int, encoding: str
 ) -> list[str]:
-    """The report's lines: header, processes, total.  No cell is empty."""
+    """Header, processes, TOTAL.  Of lines longer than `width`, if any, only the command is cut."""
 
-    def cell(row: Row, name: str, tree: str) -> str:
-        if row.get(name) is None:
+    def cell(row: Row, name: str) -> str:
+        value = row.get(name)
+        if value is None:
             return "TOTAL" if name == "pid" else "-"
-        if name in SIZES:
-            return size(row[name])
-        return {"unique": "+", "command": tree}.get(name, "") + str(row[name])
+        text = size(value) if name in SIZES else str(value)
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
-    trees = tree_lines([row["depth"] for row in report.rows], ascii_only)
-    lines = [[COLUMNS[name][0] for name in columns]]
-    for row, tree in zip([*report.rows, report.total], [*trees, ""]):
-        lines.append([cell(row, name, tree) for name in columns])
-    for at, name in enumerate(columns[:-1] if columns[-1] in TEXTS else columns):
-        width = max(7, *(len(cells[at]) for cells in lines))
-        for cells in lines:
-            cells[at] = cells[at].ljust(width) if name in TEXTS else cells[at].rjust(width)
-    return ["  ".join(cells).rstrip() for cells in lines]
-
-
-def cut(line: str, width: int) -> str:
-    """As much of the line as a terminal shows in `width` columns."""
-    import unicodedata  # not above: only a terminal needs it
-
-    for end, character in enumerate(line):
-        if not unicodedata.combining(character):
-            width -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width < 0:
-            return line[:end]
-    return line
+    drawn = "".join(LINES)
+    drawing = LINES if drawn.encode(encoding, "ignore").decode(encoding) == drawn else ASCII
+    unread = f", {len(report.skipped)} unread" if report.skipped else ""
+    total = {**report.total, "command": UNITS[size] + plural(len(report.rows)) + unread}
+    rows = [*report.rows, total]
+    cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
+    if "command" in columns:
+        others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
+        room = max(width - others, len("COMMAND")) if width else 0
+        trees = ["", *tree_lines([row["depth"] for row in report.rows], drawing), ""]
+        pairs = zip(trees, cells["command"])
+        cells["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in pairs]
+    for name in columns[:-1] if columns[-1] in TEXTS else columns:
+        wide = max(map(columns_of, cells[name]))
+        for at, text in enumerate(cells[name]):
+            padding = " " * (wide - columns_of(text))
+            cells[name][at] = text + padding if name in TEXTS else padding + text
+    return [" ".join(line).rstrip() for line in zip(*cells.values())]
 
 
-def as_json(report: Report, columns: list[str]) -> str:
+def shortened(tree: str, command: str, room: int, dots: str) -> str:
+    """The command behind its tree, in so many columns of a terminal; all of it if that is 0."""
+    # The program's name and its first arguments tell processes apart best.
+    over = columns_of(tree + command) - room if room else 0
+    program, space, arguments = command.partition(" ")
+    directory, slash, name = program.rpartition("/")
+    if over > 0 and directory:
+        directory = cut(directory, max(0, columns_of(directory) - over - 1)) + dots
+        command = f"{directory}{slash}{name}{space}{arguments}"
+    return cut(tree + command, room) if room else tree + command
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata  # not above: few need it
+
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
+
+
+def cut(text: str, room: int) -> str:
+    """As much of the text as there is room for."""
+    while columns_of(text) > room:
+        text = text[:-1]
+    return text
+
+
+def as_json(report: Report, columns: list[str], page_size: int) -> str:
     import json  # not above: it would be a part of every start
 
-    figures = [name for name in columns if name in FROM_PAGEMAP | FROM_SMAPS and name != "unique"]
-    return json.dumps(
-        {
-            "page_size": PAGE_SIZE,
-            "processes": [{name: row[name] for name in columns} for row in report.rows],
-            "total": {name: report.total.get(name) for name in figures},
-            "skipped": [{"pid": pid, "reason": why} for pid, why in report.skipped.items()],
-        }
-    )
-
-
-def output_encoding() -> str:
-    """That of stdout; ASCII in the C locale, though there Python has come to write UTF-8."""
-    environ = os.environ  # where LC_CTYPE may be Python's own doing (PEP 538)
-    asked = {"PYTHONIOENCODING", "PYTHONUTF8"} & environ.keys()
-    plain = (environ.get("LC_ALL") or environ.get("LANG")) in ("C", "POSIX")
-    return "ascii" if plain and sys.flags.utf8_mode and not asked else sys.stdout.encoding
+    content = {
+        "page_size": page_size,
+        "processes": [{name: row.get(name) for name in columns} for row in report.rows],
+        "total": {name: report.total.get(name) for name in columns if name in FIGURES},
+        "skipped": [{"pid": pid, "reason": why} for pid, why in report.skipped.items()],
+    }
+    return json.dumps(content)
 
 
 class Progress:
     """A line on stderr about what is going on, if that is a terminal and it takes long."""
 
-    def __init__(self) -> None:
-        self.shown = False
+    def __init__(self, processes: int) -> None:
+        self.processes, self.pages, self.shown = processes, 0, False
         self.next = time.monotonic() + 1
 
-    def __call__(self, number: int, done: int, pages: int) -> None:
-        """So many processes are read, of their number, and so many pages."""
+    def __call__(self, done: int, pages: int) -> None:
+        """So many processes are read, and so many more pages."""
+        self.pages += pages
         if time.monotonic() > self.next and sys.stderr and sys.stderr.isatty():
-            text = f"{done} of {number} processes, {pages} pages"
-            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+            write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
             self.shown, self.next = True, time.monotonic() + 0.1
 
     def clear(self) -> None:
         if self.shown:
-            os.write(2, b"\r\033[K")
-            self.shown = False
+            write("\r\033[K", sys.stderr)
 
 
-# ---- The command line ---------------------------------------------------------
+# ---- The command line ---------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1371,13 +1378,23 @@ def pid_argument(text: str) -> int:
 
 
 def columns_argument(text: str) -> list[str]:
-    for name in text.split(","):
+    """Names of columns; the first is "+" if they are added to the default."""
+    names = text.lower().lstrip("+").split(",")
+    for name in names:
         if name not in COLUMNS:
-            raise argparse.ArgumentTypeError(f"there is no column {name!r}")
-    return text.split(",")
+            known = ", ".join(COLUMNS)
+            raise argparse.ArgumentTypeError(f"there is no column {name!r}; there are {known}")
+    return ["+"] * text.startswith("+") + names
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def columns_shown(output: list[str] | None, default: list[str]) -> list[str]:
+    """Each once; those added to the default stand before the command."""
+    if output and output[0] == "+":
+        output = [*default[:-1], *output[1:], default[-1]]
+    return list(dict.fromkeys(output or default))
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
     columns = "\n".join(f"  {name:8} {about}" for name, (_, about) in COLUMNS.items())
     parser = Parser(
         prog="memuse",
@@ -1386,29 +1403,60 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         # With a width given, argparse need not import what tells the terminal's.
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
         description="Count the physical memory that a tree of processes really occupies.",
-        epilog=f"columns:\n{columns}\n\ndefault: {IN_TABLE}; sizes in KiB",
+        epilog=f"columns (sizes in KiB; default: {','.join(IN_TABLE)}):\n{columns}\n\n"
+        "examples:\n"
+        "  sudo memuse $(pgrep -o nginx)               a server, with all below it\n"
+        "  sudo memuse -g system.slice/nginx.service   a unit, or a container\n"
+        "  sudo memuse -o tree,freed,pid,command 1 | sort -rn | head   the biggest branches",
     )
     add, unit = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    const: Any = {"dest": "size", "action": "store_const", "default": lambda n: str(n // 1024)}
+    const: Any = {"dest": "size", "action": "store_const", "default": kib}
     unit("-b", "--bytes", const=str, help="sizes in bytes", **const)
     unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **const)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
-    add("-o", "--output", metavar="COLUMNS", type=columns_argument, help="see below")
+    columns_help = "columns to show, see below; +COLUMNS adds to the default"
+    add("-o", "--output", metavar="COLUMNS", type=columns_argument, help=columns_help)
+    group_help = "the processes of a control group and of all below it"
+    add("-g", "--cgroup", metavar="PATH", action="append", default=[], help=group_help)
     add("--help", action="help", help="show this and exit")
-    add("--version", action="version", version=f"memuse {__version__}")
-    add("pids", metavar="PID", type=pid_argument, nargs="+", help="a process, with all below it")
-    return parser.parse_args(argv)
+    add("-V", "--version", action="version", version=f"memuse {__version__}")
+    add("pids", metavar="PID", type=pid_argument, nargs="*", help="a process, with all below it")
+    arguments = parser.parse_args(argv)
+    if not arguments.pids and not arguments.cgroup:
+        parser.error("a PID is missing")
+    return arguments
+
+
+def refusal(machine: Machine, refused: OSError, nodes: list[Node], argv: list[str]) -> Error:
+    """What to run where a file about page frames cannot be read."""
+    import shlex  # not above: few need it
+
+    program, path = sys.argv[0], os.fsdecode(refused.filename)
+    if isinstance(refused, FileNotFoundError):
+        return Error(f"no {path}: a kernel without CONFIG_PROC_PAGE_MONITOR")
+    needs = f"{path} shows no page frames without CAP_SYS_ADMIN"
+    if not path.endswith("pagemap"):
+        needs = f"{path} is root's, and takes CAP_DAC_READ_SEARCH besides CAP_SYS_ADMIN"
+    inodes = {os.stat(f"{machine.proc}/self/ns/{name}").st_ino for name in ("pid", "user")}
+    if inodes - FIRST_NAMESPACES:
+        return Error(f"{needs}: run it on the host, with its PID there: sudo {program} PID")
+    users = set()
+    for node in nodes:
+        with contextlib.suppress(FileNotFoundError):
+            users.add(os.stat(f"{machine.proc}/{node.pid}").st_uid)
+    line = f"{needs}: run sudo {program} {shlex.join(argv)}"
+    if os.geteuid() and users == {os.geteuid()}:
+        pids = " ".join(str(node.pid) for node in nodes if not node.parent)
+        line += f"; or, for the kernel's figures alone, {program} -o pid,rss,pss,command {pids}"
+    return Error(line)
 
 
 def write(text: str, stream: TextIO | None) -> None:
-    """Error if stdout cannot take it, but for a reader that has had enough.
-
-    Not by the stream: one without a buffer (python -u) takes a part for the whole, and others
-    try again at Python's exit what has failed.
-    """
+    """Error if stdout cannot take it, except on a closed pipe."""
     if stream is None:  # stderr is closed
         return
-    left = text.encode(stream.encoding, stream.errors or "strict")
+    # Not by the stream: without a buffer (python -u) it takes a part for the whole.
+    left = text.encode(stream.encoding, "backslashreplace")
     try:
         while left:
             left = left[os.write(stream.fileno(), left) :]
@@ -1417,58 +1465,72 @@ def write(text: str, stream: TextIO | None) -> None:
             raise Error(f"cannot write: {error.strerror}") from None
 
 
-def run(arguments: argparse.Namespace, progress: Progress) -> tuple[Report, str]:
-    """The report and its text."""
-    own_pid()  # before much is made of what this /proc lacks
-    columns = arguments.output or (IN_JSON if arguments.json else IN_TABLE).split(",")
-    pids = " ".join(map(str, arguments.pids))
-    kernel = None if FROM_PAGEMAP.isdisjoint(columns) else Kernel(pids)
-    report = measure(arguments.pids, set(columns), kernel, progress)
+def width_of_output() -> int:
+    """COLUMNS if the environment has it, as ps has it; else the terminal's; 0 if there is none."""
+    asked = os.environ.get("COLUMNS", "")
+    if re.fullmatch("[0-9]{1,9}", asked) and int(asked):
+        return int(asked)
+    # A terminal that nobody told its size has 0.
+    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+
+
+def run(machine: Machine, argv: list[str]) -> tuple[str, list[str], list[str]]:
+    """What to print; what failed; and what else there is to say.  Error if nothing is to print."""
+    arguments = parse_args(argv)
+    columns = columns_shown(arguments.output, IN_JSON if arguments.json else IN_TABLE)
+    members = {pid for path in arguments.cgroup for pid in cgroup_members(machine, path)}
+    roots = list(dict.fromkeys(arguments.pids))
+    nodes = find_processes(machine, roots, members)
+    found = {node.pid for node in nodes}
+    failures = [why_missing(machine, pid) for pid in roots if pid not in found]
+    report = Report([], {}, {}, [])
+    with contextlib.ExitStack() as files:
+        kernel = None
+        try:
+            if nodes and not FROM_PAGEMAP.isdisjoint(columns):
+                kernel = Kernel(machine, files)
+        except (PermissionError, FileNotFoundError) as error:
+            raise refusal(machine, error, nodes, argv) from None
+        if nodes:
+            report = measure(machine, kernel, {*columns}, nodes)
+
+    gone = [pid for pid in report.exited if pid in roots]
+    failures += [f"process {pid} exited while it was being read" for pid in gone]
+    for why in dict.fromkeys(report.skipped.values()):
+        pids = [str(pid) for pid in report.skipped if report.skipped[pid] == why]
+        failures.append(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} not read: {why}")
+    if len(report.rows) == len(report.skipped):
+        raise Error("; ".join(failures) or "none of the processes is left")
+    others = len(report.exited) - len(gone)
+    notes = [f"{plural(others)} exited while being read"] if others else []
     if arguments.json:
-        return report, as_json(report, columns) + "\n"
-    encoding = output_encoding()
-    lines = table(report, columns, arguments.size, not "└".encode(encoding, "ignore"))
-    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
-    if width:  # a terminal that nobody told its size has none
-        lines = [cut(line, width) for line in lines]
-    text = "".join(f"{line}\n" for line in lines)
-    return report, text.encode(encoding, "backslashreplace").decode(encoding)
+        return as_json(report, columns, machine.page_size) + "\n", failures, notes
+    lines = table(report, columns, arguments.size, width_of_output(), sys.stdout.encoding)
+    return "".join(f"{line}\n" for line in lines), failures, notes
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 all done, 1 not or not all, 2 wrong usage, 130 interrupted."""
-    progress, status = Progress(), 1
+def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
+    """Exit status: 0 done, 1 failed or incomplete, 2 wrong usage, 130 interrupted."""
     messages: list[str] = []
-
-    def interrupt(*_: Any) -> None:
-        # At once: an exception could be lost in a destructor, or tell its traceback at exit.
-        progress.clear()
-        os._exit(130)
+    status = 1
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
-        signal.signal(signal.SIGINT, interrupt)
+        # At once: an exception could be lost in a destructor, or tell its traceback at exit.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.setswitchinterval(0.0005)  # a tenth of Python's: two threads take turns in small steps
     try:
         if sys.stdout is None:
             raise Error("standard output is closed")
-        report, text = run(parse_args(argv), progress)
-        progress.clear()
+        text, failures, notes = run(machine or Machine(), sys.argv[1:] if argv is None else argv)
         write(text, sys.stdout)
-        messages += [f"process {pid} left out: {why}" for pid, why in report.skipped.items()]
-        if report.exited:
-            messages.append(f"{plural(report.exited)} exited while being read")
-        status = 1 if report.skipped else 0
+        messages, status = failures + notes, int(bool(failures))
     except Error as error:
-        messages.append(str(error))
-    except (MemoryError, ImportError, OSError) as error:
-        if not isinstance(error, OSError) or error.errno == errno.ENOMEM:
-            # At once: there is no memory for anything else, not even to map a module.
-            with contextlib.suppress(OSError):
-                os.write(2, b"\r\033[K" * os.isatty(2) + b"memuse: there is not enough memory\n")
-            os._exit(1)
-        where = os.fsdecode(error.filename) if error.filename else "reading"
-        messages.append(f"{where}: {error.strerror}")
-    progress.clear()
-    write("".join(f"memuse: {message}\n" for message in messages), sys.stderr)
+        messages = [str(error)]
+    except (MemoryError, OSError) as error:
+        messages = ["there is not enough memory"]
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            messages = [f"{os.fsdecode(error.filename or 'reading')}: {error.strerror}"]
+    write("".join(f"memuse: {escaped(message)}\n" for message in messages), sys.stderr)
     return status
 
 
