@@ -1,6 +1,6 @@
 """How long memuse takes, beside the least that one thread needs to read the page tables.
 
-    python tests/bench.py [--rounds N] [--scale F] [SCENE ...]
+    python tests/bench.py [--rounds N] [--scale F] [--beside MEMUSE_PY] [SCENE ...]
     python tests/bench.py --growth
     python tests/bench.py --smoke
 
@@ -9,8 +9,9 @@ from real processes.  Then these run in turn, in every round, and the tables sho
 
 floor    a bare program of one thread reads smaps, and the pagemap of every VMA that has
          anything in it, and throws it away; without the start of Python
-memuse   memuse --json: its wall time less startup, the wall time of the same on one `sleep`
-gentle   memuse --json -o pid,frames,unique,command, which reads no smaps; likewise
+memuse   memuse PID: its wall time less startup, the wall time of the same on one `sleep`
+gentle   memuse -o pid,frames,unique,command PID, which reads no smaps; likewise
+beside   another version of memuse.py, likewise
 import   python -c "import psutil, argparse, json", to compare startup with
 peers    smem (it has no choice of PIDs), ps_mem and smemstat where installed: wall time
 
@@ -29,24 +30,27 @@ import resource
 import select
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-import scenes
+import building
 
 HERE = Path(__file__).resolve().parent
 PAGE = mmap.PAGESIZE
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
-MEMUSE = [sys.executable, str(HERE.parent / "memuse.py"), "--json"]
+MEMUSE = [sys.executable, str(HERE.parent / "memuse.py")]
 GENTLE = [*MEMUSE, "-o", "pid,frames,unique,command"]
 IMPORT = [sys.executable, "-c", "import psutil, argparse, json"]
 INTERPRETER = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
-LIMIT = 300  # seconds for any one command
+TIME_LIMIT = 300  # seconds for any one command
 
 kept: list[mmap.mmap] = []  # what a scene mapped would go with its last reference
 
@@ -54,11 +58,11 @@ kept: list[mmap.mmap] = []  # what a scene mapped would go with its last referen
 # ---- The scenes, built in a process of their own ------------------------------------
 
 
-def memory_of(size: float, flags: int = scenes.ANON) -> mmap.mmap:
+def memory_of(size: float, flags: int = building.ANON) -> mmap.mmap:
     """Memory of pages of one size only, untouched."""
     memory = mmap.mmap(-1, max(64, int(size) // PAGE) * PAGE, flags=flags)
     with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(scenes.MADV_NOHUGEPAGE)
+        memory.madvise(building.MADV_NOHUGEPAGE)
     kept.append(memory)
     return memory
 
@@ -84,7 +88,7 @@ def fork(scale: float) -> None:
     part = len(pages) // 32
     for child in range(8):
         own = pages[child * part : (child + 1) * part]
-        scenes.fork(lambda own=own: write(memory, own))  # type: ignore[misc]
+        building.fork(lambda own=own: write(memory, own))  # type: ignore[misc]
 
 
 def cow(scale: float) -> None:
@@ -97,12 +101,12 @@ def cow(scale: float) -> None:
         write(memory, random.sample(pages, len(pages) // 10))
 
     for _ in range(8):
-        scenes.fork(child)
+        building.fork(child)
 
 
 def shm(scale: float) -> None:
     """Each process leaves another hundredth of the pages out, at random."""
-    memory = memory_of(GIB * scale, scenes.SHARED)
+    memory = memory_of(GIB * scale, building.SHARED)
     pages = all_pages(memory)
 
     def child() -> None:
@@ -112,7 +116,7 @@ def shm(scale: float) -> None:
 
     child()
     for _ in range(16):
-        scenes.fork(child)
+        building.fork(child)
 
 
 def many(scale: float) -> None:
@@ -122,22 +126,55 @@ def many(scale: float) -> None:
     for process in started:
         assert process.stdout
         process.stdout.read(1)
-        scenes.children.append(process.pid)
+        building.children.append(process.pid)
 
 
 def vmas(scale: float) -> None:
     count = max(64, int(65_000 * scale))
-    address = scenes.map_memory(count * PAGE)
-    scenes.write(address, range(count))
+    address = building.map_memory(count * PAGE)
+    building.write(address, range(count))
     for page in range(0, count, 2):  # no two of one protection side by side
-        if scenes.libc.mprotect(address + page * PAGE, PAGE, mmap.PROT_READ):
+        if building.libc.mprotect(address + page * PAGE, PAGE, mmap.PROT_READ):
             raise OSError("mprotect failed: is vm.max_map_count below 65530?")
 
 
 def sparse(scale: float) -> None:
-    memory = memory_of(8 * TIB * scale, scenes.ANON | scenes.MAP_NORESERVE)
+    memory = memory_of(8 * TIB * scale, building.ANON | building.MAP_NORESERVE)
     pages = all_pages(memory)
     write(memory, pages[:: len(pages) // 256][:256])
+
+
+def crowd(scale: float) -> None:
+    """Small processes, which all have a part of their memory from this one."""
+    for _ in range(int(3000 * scale)):
+        building.fork()
+
+
+def prefork(scale: float) -> None:
+    """A parent and 16 children, each of which wrote to a third of its memory, at random."""
+    memory = memory_of(512 * MIB * scale)
+    pages = all_pages(memory)
+    write(memory, pages)
+
+    def child() -> None:
+        random.seed(os.getpid())
+        write(memory, random.sample(pages, len(pages) // 3))
+
+    for _ in range(16):
+        building.fork(child)
+
+
+def backends(scale: float) -> None:
+    """A database's shared memory, of which each process touched some pages, at random."""
+    memory = memory_of(256 * MIB * scale, building.SHARED)
+    pages = all_pages(memory)
+
+    def child() -> None:
+        random.seed(os.getpid())
+        write(memory, random.sample(pages, len(pages) * 3 // 100))
+
+    for _ in range(max(2, int(200 * scale))):
+        building.fork(child)
 
 
 def victim(scale: float) -> None:
@@ -151,7 +188,7 @@ def victim(scale: float) -> None:
     while True:
         for _ in range(20):
             start = time.perf_counter()
-            scenes.unmap(scenes.map_memory(PAGE), PAGE)
+            building.unmap(building.map_memory(PAGE), PAGE)
             worst = max(worst, time.perf_counter() - start)
             time.sleep(0.0001)
         if select.select([0], [], [], 0)[0]:
@@ -161,16 +198,19 @@ def victim(scale: float) -> None:
             worst = 0.0
 
 
-# Ceilings of the time (see scene_row) and of the peak RSS in MiB.
-CEILINGS = {
-    "private": (1.0, 40),
-    "fork": (0.9, 64),
-    "cow": (1.2, 64),
-    "shm": (0.9, 64),
-    "many": (1.2, 40),
-    "vmas": (1.5, 64),
-    "sparse": (0.3, 40),
-    "startup": (1.5, 24),
+# Limits of the time (see scene_row) and of the peak RSS in MiB.
+LIMITS: dict[str, tuple[float | None, int | None]] = {
+    "private": (0.7, 40),
+    "fork": (0.75, 64),
+    "cow": (0.95, 64),
+    "shm": (0.65, 64),
+    "many": (0.9, 40),
+    "vmas": (0.4, 64),
+    "sparse": (0.05, 40),
+    "prefork": (1.2, None),
+    "backends": (None, None),
+    "crowd": (None, None),
+    "startup": (1.4, 24),
 }
 
 
@@ -178,7 +218,7 @@ def build(name: str, scale: float) -> None:
     """One of the functions above, and then stand still."""
     globals()[name](scale)
     print("ready", flush=True)
-    scenes.stand_still()
+    building.stand_still()
 
 
 @contextmanager
@@ -242,94 +282,96 @@ def spans_in_use(smaps: bytes) -> Iterator[tuple[int, int]]:
 # ---- Measuring ----------------------------------------------------------------------
 
 
-def run(command: list[str]) -> tuple[float, bytes]:
-    """The command's wall time and output."""
+class Run(NamedTuple):
+    """One run of a command: seconds of wall time and of the processors, and its peak RSS."""
+
+    wall: float
+    cpu: float
+    peak_mib: float
+    output: bytes
+
+
+def run(command: list[str]) -> Run:
     start = time.perf_counter()
-    limited = ["timeout", str(LIMIT), *command]
-    with subprocess.Popen(limited, stdout=subprocess.PIPE, cwd=HERE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE) as process:
+        alarm = threading.Timer(TIME_LIMIT, process.kill)
+        alarm.start()
         output = process.stdout.read() if process.stdout else b""
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        raise failed(process.returncode, command)
-    return seconds, output
-
-
-def failed(status: int, command: list[str]) -> SystemExit:
-    return SystemExit(f"exit status {status}: {' '.join(command)[:200]}")
-
-
-def peak_mib(command: list[str]) -> float:
-    """Its peak RSS in MiB, and its children's on top, though these share a part of it."""
-    peaks: dict[str, int] = {}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HERE) as process:
-        ended, status = 0, 0
-        until = time.monotonic() + LIMIT
-        while not ended:
-            if time.monotonic() > until:
-                process.kill()
-            with suppress(OSError, IndexError):  # it has ended
-                for child in (
-                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                ):
-                    text = Path(f"/proc/{child}/status").read_text()
-                    peaks[child] = int(text.partition("VmHWM:")[2].split()[0])
-            time.sleep(0.001)
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        alarm.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise failed(process.returncode, command)
-    return (usage.ru_maxrss + sum(peaks.values())) / 1024
+        raise SystemExit(f"exit status {process.returncode}: {' '.join(command)[:200]}")
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output)
 
 
 def floor_command(pids: list[int], only_smaps: bool = False) -> list[str]:
     return [sys.executable, "-c", f"import bench; bench.floor({pids}, {only_smaps})"]
 
 
-def median(values: list[float]) -> float:
-    """Without statistics, whose imports would raise this process's own peak RSS."""
-    return sorted(values)[len(values) // 2]
+class Medians(NamedTuple):
+    """By what was run: medians of seconds, and of the peak; and what the scene consists of."""
+
+    wall: dict[str, float]
+    cpu: dict[str, float]
+    peak_mib: dict[str, float]
+    processes: int
+    pages: int
 
 
-def measure(name: str, scale: float, rounds: int, sleeper: int) -> dict[str, float]:
-    """Medians by name: seconds, and what else memuse's report and rusage tell."""
-    print(f"{name} x {scale:g}", file=sys.stderr)
+def measure(name: str, options: argparse.Namespace, sleeper: int) -> Medians:
+    print(f"{name} x {options.scale:g}", file=sys.stderr)
     if name == "startup":
-        return measure_tree(sleeper, rounds, sleeper, with_floor=False)
-    with standing(name, scale) as process:
-        return measure_tree(process.pid, rounds, sleeper, with_floor=name != "sparse")
+        return measure_tree(sleeper, options, sleeper, with_floor=False)
+    with standing(name, options.scale) as process:
+        return measure_tree(process.pid, options, sleeper, with_floor=name != "sparse")
 
 
-def measure_tree(pid: int, rounds: int, sleeper: int, with_floor: bool) -> dict[str, float]:
-    values = defaultdict(list)
-    for _ in range(rounds):
-        seconds, output = run([*MEMUSE, str(pid)])
-        rows = json.loads(output)["processes"]
-        pids = [row["pid"] for row in rows]
-        values["memuse"].append(seconds)
-        values["peak MiB"].append(peak_mib([*MEMUSE, str(pid)]))
-        values["processes"].append(len(rows))
-        values["pages"].append(sum(row["frames"] for row in rows))
-        if with_floor:
-            values["floor"].append(float(run(floor_command(pids))[1]))
-        commands = {
-            "startup": [*MEMUSE, str(sleeper)],
-            "gentle": [*GENTLE, str(pid)],
-            "gentle startup": [*GENTLE, str(sleeper)],
-            "import": IMPORT,
-            "smem": ["smem"],
-            "ps_mem": ["ps_mem", "-p", ",".join(map(str, pids))],
-            "smemstat": ["smemstat", "-p", ",".join(map(str, pids))],
-        }
+def measure_tree(pid: int, options: argparse.Namespace, sleeper: int, with_floor: bool) -> Medians:
+    columns = ["--json", "-o", "pid,frames", str(pid)]
+    rows = json.loads(run([*MEMUSE, *columns]).output)["processes"]
+    pids = [row["pid"] for row in rows]
+    commands = {
+        "memuse": [*MEMUSE, str(pid)],
+        "startup": [*MEMUSE, str(sleeper)],
+        "gentle": [*GENTLE, str(pid)],
+        "gentle startup": [*GENTLE, str(sleeper)],
+        "import": IMPORT,
+    }
+    if options.beside:
+        commands["beside"] = [sys.executable, options.beside, str(pid)]
+        commands["beside startup"] = [sys.executable, options.beside, str(sleeper)]
+    if with_floor:
+        commands["floor"] = floor_command(pids)
+    listed = ",".join(map(str, pids))
+    peers = {
+        "smem": ["smem"],
+        "ps_mem": ["ps_mem", "-p", listed],
+        "smemstat": ["smemstat", "-p", listed],
+    }
+    commands |= {peer: command for peer, command in peers.items() if shutil.which(peer)}
+    runs = defaultdict(list)
+    for _ in range(options.rounds):
         for label, command in commands.items():
-            if shutil.which(command[0]):
-                values[label].append(run(command)[0])
-    return {label: median(each) for label, each in values.items()}
+            done = run(command)
+            if label == "floor":
+                done = done._replace(wall=float(done.output))
+            runs[label].append(done)
+    medians = [
+        {
+            label: statistics.median(getattr(each, name) for each in done)
+            for label, done in runs.items()
+        }
+        for name in ("wall", "cpu", "peak_mib")
+    ]
+    return Medians(*medians, len(rows), sum(row["frames"] for row in rows))
 
 
-def worst_waits(scale: float, rounds: int) -> list[list[str]]:
+def worst_waits(options: argparse.Namespace) -> list[list[str]]:
     """Rows on the worst waits of the victim while commands run."""
-    print(f"victim x {scale:g}", file=sys.stderr)
-    with standing("victim", scale) as process:
+    print(f"victim x {options.scale:g}", file=sys.stderr)
+    with standing("victim", options.scale) as process:
         commands = {
             "undisturbed for a second": ["sleep", "1"],
             "floor, its smaps alone": floor_command([process.pid], only_smaps=True),
@@ -338,12 +380,14 @@ def worst_waits(scale: float, rounds: int) -> list[list[str]]:
             "gentle": [*GENTLE, str(process.pid)],
         }
         waits = defaultdict(list)
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             for label, command in commands.items():
                 ask(process)
                 run(command)
                 waits[label].append(1000 * ask(process))
-    return [[label, f"{median(ms):.1f}", f"{max(ms):.1f}"] for label, ms in waits.items()]
+    return [
+        [label, f"{statistics.median(ms):.1f}", f"{max(ms):.1f}"] for label, ms in waits.items()
+    ]
 
 
 def ask(process: subprocess.Popen[str]) -> float:
@@ -369,33 +413,37 @@ def times(value: float, unit: float) -> str:
     return f"{value / unit:.2f}" if min(value, unit) > 0 else "-"  # lost in the noise
 
 
-def net(result: dict[str, float], wall: str = "memuse", startup: str = "startup") -> float:
-    return result[wall] - result[startup]
+def net(seconds: dict[str, float], label: str) -> float:
+    """Without startup."""
+    return seconds[label] - seconds["startup" if label == "memuse" else f"{label} startup"]
 
 
-def scene_row(name: str, result: dict[str, float]) -> list[str]:
-    """The ceilings of sparse and startup are of their own kind."""
-    ceiling, peak_ceiling = CEILINGS[name]
-    row = [name, f"{result['processes']:.0f}", f"{result['pages']:,.0f}"]
-    memory = [f"{result['peak MiB']:.0f}", f"{peak_ceiling}"]
+def scene_row(name: str, result: Medians) -> list[str]:
+    """The limits of sparse (seconds) and startup (times the imports) are of their own kind."""
+    limit, peak_limit = LIMITS[name]
+    wall = result.wall
+    labels = ["memuse", "gentle", *(["beside"] if "beside" in wall else [])]
+    row = [name, f"{result.processes}", f"{result.pages:,}"]
     if name == "startup":
-        ratio = times(result["startup"], result["import"])
-        row += [f"{result['import']:.3f} (import)", f"{result['startup']:.3f} (all)", ratio]
-        return [*row, f"{ceiling}", f"{result['gentle startup']:.3f} (all)", "-", *memory]
-    seconds, gentle = net(result), net(result, "gentle", "gentle startup")
-    if name == "sparse":
-        row += ["-", f"{seconds:.3f}", "-", f"{ceiling} s"]
+        row.append(f"{wall['import']:.3f} (import)")
+        for label in labels:
+            row += [f"{wall[label]:.3f} (all)", times(wall[label], wall["import"])]
     else:
-        ratio = times(seconds, result["floor"])
-        row += [f"{result['floor']:.3f}", f"{seconds:.3f}", ratio, f"{ceiling}"]
-    return [*row, f"{gentle:.3f}", times(seconds, gentle), *memory]
+        floor = wall.get("floor", 0)
+        row.append(f"{floor:.3f}" if floor else "-")
+        for label in labels:
+            row += [f"{net(wall, label):.3f}", times(net(wall, label), floor)]
+    row.insert(6, "-" if limit is None else f"{limit} s" if name == "sparse" else f"{limit}")
+    row += [f"{result.peak_mib['memuse']:.0f}", f"{peak_limit or '-'}"]
+    return [*row, f"{result.cpu['memuse']:.2f}", f"{result.cpu['gentle']:.2f}"]
 
 
-def report_scenes(names: list[str], scale: float, rounds: int, sleeper: int) -> None:
-    results = {name: measure(name, scale, rounds, sleeper) for name in names}
+def report_scenes(names: list[str], options: argparse.Namespace, sleeper: int) -> None:
+    results = {name: measure(name, options, sleeper) for name in names}
+    beside = "beside s, ratio, " if options.beside else ""
     print_table(
-        "scene, processes, pages, floor s, memuse s, ratio, ceiling,"
-        " gentle s, speedup, peak MiB, ceiling MiB",
+        "scene, processes, pages, floor s, memuse s, ratio, limit, gentle s, ratio,"
+        f" {beside}peak MiB, limit, CPU s, gentle CPU s",
         [scene_row(name, result) for name, result in results.items()],
     )
     peers = [peer for peer in ("smem", "ps_mem", "smemstat") if shutil.which(peer)]
@@ -403,43 +451,41 @@ def report_scenes(names: list[str], scale: float, rounds: int, sleeper: int) -> 
         print_table(
             ", ".join(["whole commands, memuse s", *(f"{peer} s" for peer in peers)]),
             [
-                [name, *(f"{result[label]:.2f}" for label in ["memuse", *peers])]
+                [name, *(f"{result.wall[label]:.2f}" for label in ["memuse", *peers])]
                 for name, result in results.items()
             ],
         )
-    startup, imports = (
-        median([result[label] for result in results.values()]) for label in ("startup", "import")
-    )
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"startup: {startup:.3f} s, {times(startup, imports)} x import's {imports:.3f} s")
     print(f"A peak below {own:.0f} MiB, this benchmark's own, is shown as that.\n")
 
 
-def report_growth(scale: float, rounds: int, sleeper: int) -> None:
-    rows = []
-    for name in ("private", "shm", "many"):
-        for part in (0.25, 0.5, 1.0):
-            result = measure(name, scale * part, rounds, sleeper)
-            seconds, processes, pages = net(result), result["processes"], result["pages"]
-            row = [name, f"{processes:.0f}", f"{pages:,.0f}", f"{seconds:.3f}"]
+def report_growth(options: argparse.Namespace, sleeper: int) -> None:
+    whole, rows = options.scale, []
+    for name in ("private", "shm", "many", "crowd"):
+        for part in (0.125, 0.25, 0.5, 1.0):
+            options.scale = whole * part
+            result = measure(name, options, sleeper)
+            seconds, processes, pages = net(result.wall, "memuse"), result.processes, result.pages
+            row = [name, f"{processes}", f"{pages:,}", f"{seconds:.3f}"]
             row += [f"{1e9 * seconds / pages:.0f}", f"{1e3 * seconds / processes:.2f}"]
-            rows.append([*row, f"{result['peak MiB']:.1f}"])
+            rows.append([*row, f"{result.peak_mib['memuse']:.1f}"])
     print_table("scene, processes, pages, memuse s, ns/page, ms/process, peak MiB", rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("scenes", nargs="*", metavar="SCENE", help=", ".join([*CEILINGS, "victim"]))
+    parser.add_argument("scenes", nargs="*", metavar="SCENE", help=", ".join([*LIMITS, "victim"]))
     parser.add_argument("--rounds", type=int, default=5, help="of every command, 5 by default")
     parser.add_argument("--scale", type=float, default=1.0, help="1.0 by default, less is smaller")
-    parser.add_argument("--growth", action="store_true", help="three sizes of three scenes")
+    parser.add_argument("--beside", metavar="MEMUSE_PY", help="another version, in every round")
+    parser.add_argument("--growth", action="store_true", help="four sizes of four scenes")
     parser.add_argument("--smoke", action="store_true", help="a part of it, tiny and once")
     options = parser.parse_args(argv)
-    names = options.scenes or [*CEILINGS, "victim"]
+    names = options.scenes or [*LIMITS, "victim"]
     if options.smoke:
         options.rounds, options.scale = 1, 1 / 256
         names = options.scenes or ["fork", "vmas", "sparse", "startup", "victim"]
-    unknown = set(names) - {*CEILINGS, "victim"}
+    unknown = set(names) - {*LIMITS, "victim"}
     if unknown or options.rounds < 1 or not 0 < options.scale <= 1:
         parser.error(f"unknown scenes {sorted(unknown)}, or a number out of range")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that is begun ends
@@ -447,12 +493,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             trees = [name for name in names if name != "victim"]
             if options.growth:
-                report_growth(options.scale, options.rounds, sleeper.pid)
+                report_growth(options, sleeper.pid)
             elif trees:
-                report_scenes(trees, options.scale, options.rounds, sleeper.pid)
+                report_scenes(trees, options, sleeper.pid)
             if "victim" in names and not options.growth:
-                rows = worst_waits(options.scale, options.rounds)
-                print_table("victim's worst wait, median ms, worst ms", rows)
+                print_table("victim's worst wait, median ms, worst ms", worst_waits(options))
         finally:
             sleeper.kill()
     return 0

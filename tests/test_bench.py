@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from conftest import ROOT, needs_root
+from conftest import TESTS, needs_root, run
 
 
 @needs_root
-def test_smoke() -> None:
-    command = [sys.executable, str(ROOT / "tests/bench.py"), "--smoke"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def test_the_smoke_run_prints_its_tables() -> None:
+    result = run([sys.executable, TESTS / "bench.py", "--smoke"])
     assert result.returncode == 0, result.stderr
     firsts = [line.split("|")[1].strip() for line in result.stdout.splitlines() if "|" in line]
     for name in ("fork", "vmas", "sparse", "startup", "memuse", "gentle"):
