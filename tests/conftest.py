@@ -1,106 +1,232 @@
-"""Fixtures: scenes of real processes, and kernel settings that are put back afterwards."""
+"""What all tests share: how memuse is run, scenes of real processes, and kernel settings."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
 MEMUSE = [sys.executable, str(ROOT / "memuse.py")]
 sys.path.insert(0, str(ROOT))
 
-# For other users: an interpreter may be in a home that is not theirs.
+KIB, MIB = 1 << 10, 1 << 20
+Result = subprocess.CompletedProcess[str]
+
+# Another user; an interpreter may be in a home that is not theirs.
 READ_ALL = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *READ_ALL]
+# Without what changes the language, the width of lines, or how Python writes.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("LC_", "LANG", "PYTHON", "COLUMNS"))
+}
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="reading page frames takes root")
+slow = pytest.mark.skipif(not os.environ.get("MEMUSE_SLOW"), reason="MEMUSE_SLOW=1 runs it")
 
 
-def memuse(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def pytest_configure(config: pytest.Config) -> None:
+    """Signals as a shell in the foreground has them, whatever started the tests."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    slow_machine = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any", deadline=None, suppress_health_check=slow_machine)
+    hypothesis.settings.load_profile("any")
+
+
+# ---- Running memuse -------------------------------------------------------------
+
+
+def run(command: Sequence[object], **options: Any) -> Result:
+    """A command's output and status; by default in the clean environment."""
+    options = {"capture_output": True, "text": True, "timeout": 120, "env": ENVIRONMENT, **options}
+    return subprocess.run([str(word) for word in command], check=False, **options)
+
+
+def memuse(*arguments: object, prefix: Sequence[str] = (), **options: Any) -> Result:
     """Run the command as a user does."""
-    command = options.pop("prefix", []) + MEMUSE + [str(argument) for argument in arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return run([*prefix, *MEMUSE, *arguments], **options)
 
 
-def simulated(
-    change: str, *arguments: object, prefix: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    """Run memuse in an interpreter in which something was changed before."""
-    code = f"import os, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{change}\n"
-    code += "sys.argv[0] = 'memuse.py'\nimport memuse\nraise SystemExit(memuse.main())"
-    command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def simulated(machine: str, *arguments: object, **options: Any) -> Result:
+    """Run memuse on a machine that is not here: a class of machines.py, and what it takes.
+
+    For example "Refusing ENOENT kpageflags".
+    """
+    return run([sys.executable, TESTS / "machines.py", machine, *arguments], **options)
 
 
-# Two processes of memuse, whatever the size, with the smallest stripes.
-IN_TWO = """
-import memuse
-memuse.FORK_FROM, memuse.STRIPE, memuse.STRIPES = -1 << 60, memuse.PMD_PAGES, range(2)
-os.sched_getaffinity = lambda pid: {0, 1}
-"""
-# An error, should these not make a whole.
-NOT_IN_ONE = IN_TWO + "memuse.count_in_one = None\n"
+def inside(machine: Any, *arguments: object) -> Result:
+    """Run memuse in this process, on a machine of machines.py or, with None, on this one."""
+    import memuse as tool  # not above: a function here has its name
+
+    handler, interval = signal.getsignal(signal.SIGINT), sys.getswitchinterval()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                status = tool.main([str(word) for word in arguments], machine)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            sys.setswitchinterval(interval)
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess([], status, output.read(), errors.read())
+
+
+def shell(command: str, *arguments: object) -> Result:
+    """Run a line of bash in which "$@" is memuse with its arguments."""
+    return run(["bash", "-c", command, "bash", *MEMUSE, *arguments])
 
 
 def measured(*arguments: object) -> dict[str, Any]:
+    """memuse's JSON of a run without a complaint."""
     result = memuse("--json", *arguments)
-    assert result.stderr == ""
-    assert result.returncode == 0
+    assert (result.returncode, result.stderr) == (0, "")
     report: dict[str, Any] = json.loads(result.stdout)
     return report
 
 
-class Scene:
-    """A process of scenes.py, once it is ready; it and its children end at the end."""
+def fails(result: Result, *words: str, status: int = 1) -> str:
+    """It failed and said so, with these words, in one line and nowhere else; that line."""
+    assert result.stdout == ""
+    assert re.fullmatch(r"memuse: [^\n]+\n", result.stderr), result.stderr
+    assert result.returncode == status
+    for word in words:
+        assert word in result.stderr
+    return result.stderr
 
-    def __init__(self, name: str, prefix: list[str]) -> None:
-        command = [*prefix, sys.executable, str(ROOT / "tests/scenes.py"), *name.split()]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
-        )
-        assert self.process.stdout
-        self.pid = self.process.pid
-        if self.process.stdout.readline() != "ready\n":
-            self.end()
-            pytest.fail(f"the scene {name} could not be built")
 
-    def end(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # its own session: nobody else is in it
-        self.process.wait()
+WRONG: set[str] = set()  # the tests that found wrong figures
+
+
+def has_no_differences(about: str, table: list[str]) -> None:
+    """Fail with a table of figures, if there is one, and with what they are of."""
+    if table:
+        WRONG.add(os.environ["PYTEST_CURRENT_TEST"])
+        pytest.fail("\n".join([about, *table]), pytrace=False)
 
 
 @pytest.fixture
-def scene() -> Iterator[Callable[..., Scene]]:
-    scenes: list[Scene] = []
+def few_are_wrong() -> None:
+    """Once the figures of three tests are wrong, those of others would say nothing new."""
+    if len(WRONG) >= 3:
+        pytest.skip("three tests have found wrong figures: see the first of them")
 
-    def build(name: str, prefix: tuple[str, ...] = ()) -> Scene:
-        scenes.append(Scene(name, list(prefix)))
-        return scenes[-1]
 
-    yield build
-    for built in scenes:
-        built.end()
+# ---- Processes to look at -------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.005)
+    pytest.fail("it did not come about")
+
+
+@contextmanager
+def running(command: Sequence[str | bytes], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own, of which nothing is left afterwards."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: nobody else is in it
+        process.communicate()
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-S", "-E", "-c", code, *map(str, arguments)]
+
+
+@contextmanager
+def ready(
+    code: str, *arguments: object, command: Sequence[str] = (), **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program, or a command, that has said that it is ready."""
+    with running(command or python(code, *arguments), **options) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        if line.startswith(b"skip "):
+            pytest.skip(line.decode())
+        if line != b"ready\n":
+            pytest.fail(f"it could not be built: {(command or code)!r}, status {process.wait(5)}")
+        yield process
+
+
+@contextmanager
+def standing(name: str, prefix: Sequence[str] = ()) -> Iterator[int]:
+    """The PID of a scene of scenes.py, once it is ready; it and its children end afterwards."""
+    command = [*prefix, sys.executable, str(TESTS / "scenes.py"), *name.split()]
+    with ready("", command=command) as process:
+        yield process.pid
+
+
+@pytest.fixture
+def scene() -> Iterator[Callable[..., int]]:
+    """Builds scenes, and gives their PIDs."""
+    with contextlib.ExitStack() as stack:
+        yield lambda name, prefix=(): stack.enter_context(standing(name, prefix))
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[int]:
+    """A tree of four that only reading tests share."""
+    with standing("forked") as pid:
+        yield pid
+
+
+@pytest.fixture
+def ended_child() -> int:
+    """The PID of a process that is gone."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+# Forks as often as told; nobody does anything more until standard input is closed.
+TREE = """
+import os, sys
+for _ in range(int(sys.argv[1])):
+    if os.fork() == 0:
+        break
+else:
+    print("ready", flush=True)
+os.read(0, 1)
+"""
+
+
+# ---- Kernel settings ------------------------------------------------------------
 
 
 @contextmanager
 def setting(path: str, value: str) -> Iterator[None]:
     """A kernel setting, put back whatever happens."""
     file = Path(path)
+    if not file.exists():
+        pytest.skip(f"this kernel has no {path}")
     before = file.read_text()
     if "[" in before:  # one of several
         before = before[before.index("[") + 1 : before.index("]")]
@@ -133,7 +259,9 @@ def hugetlb() -> Iterator[None]:
 @pytest.fixture
 def ksm() -> Iterator[None]:
     directory = "/sys/kernel/mm/ksm"
-    with setting(f"{directory}/sleep_millisecs", "0"), setting(f"{directory}/run", "1"):
+    with contextlib.ExitStack() as stack:
+        for name, value in (("sleep_millisecs", "0"), ("pages_to_scan", "5000"), ("run", "1")):
+            stack.enter_context(setting(f"{directory}/{name}", value))
         yield
     Path(directory, "run").write_text("2")  # part what was merged, then as it was
     Path(directory, "run").write_text("0")
@@ -145,9 +273,57 @@ def thp() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def ended_child() -> int:
-    """The PID of a process that is gone."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+# ---- What happens while memuse reads --------------------------------------------
+
+
+def meanwhile(
+    act: Callable[[int], object], stops: str, *arguments: object, **options: Any
+) -> Result:
+    """Run memuse, and act with its PID whenever it stops: "1 after:/proc/PID" (see Stopping)."""
+    pipe, times = subprocess.PIPE, int(stops.split()[0])
+    command = [sys.executable, str(TESTS / "machines.py"), f"Stopping {stops}"]
+    command += map(str, arguments)
+    options = {"stdout": pipe, "stderr": pipe, "env": ENVIRONMENT, **options}
+    with subprocess.Popen(command, **options) as process:
+        try:
+            for _ in range(times):
+                wait_for(lambda: state_of(process.pid) in "TZ")
+                if state_of(process.pid) == "Z":
+                    pytest.fail(f"it never came to {stops!r}: {process.communicate()}")
+                act(process.pid)
+                process.send_signal(signal.SIGCONT)
+            texts = [(text or b"").decode() for text in process.communicate(timeout=60)]
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, *texts)
+
+
+def state_of(pid: int) -> str:
+    """A process's state, as /proc/PID/stat has it; X if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("latin-1")
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return stat.rpartition(")")[2].split()[0]
+
+
+def kill(pid: int) -> None:
+    """Until it has ended, and is at most a zombie."""
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: state_of(pid) in "ZX")
+
+
+def on_terminal(
+    stream: str, width: int, run: Callable[..., subprocess.CompletedProcess[Any]]
+) -> tuple[Any, str]:
+    """What `run` gave with a terminal as its stdout or stderr, and what that shows."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    shown = b""
+    with open(controller, "rb", buffering=0) as reader:
+        result = run(**{stream: terminal})
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+            while piece := reader.read(1 << 16):
+                shown += piece
+    return result, shown.decode().replace("\r\n", "\n")

@@ -1,0 +1,134 @@
+"""Few open files and little memory: what memuse takes, and how it tells that it takes more."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import resource
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from conftest import (
+    KIB,
+    MIB,
+    ROOT,
+    TREE,
+    fails,
+    kill,
+    meanwhile,
+    memuse,
+    needs_root,
+    ready,
+    run,
+    simulated,
+)
+
+pytestmark = needs_root
+
+
+# ---- Open files -----------------------------------------------------------------
+
+
+def few_files() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+
+
+@pytest.fixture(scope="module")
+def crowd() -> Iterator[list[int]]:
+    """A process with 200 children."""
+    with ready(TREE, 200) as process:
+        children = sorted(child.pid for child in psutil.Process(process.pid).children())
+        yield [process.pid, *children]
+
+
+def test_hundreds_of_processes_with_few_open_files(crowd: list[int]) -> None:
+    result = memuse("--json", crowd[0], preexec_fn=few_files)
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = json.loads(result.stdout)["processes"]
+    assert [row["pid"] for row in rows] == crowd
+    assert all(row["frames"] and row["rss"] for row in rows)
+
+
+def test_those_that_are_gone_hold_no_files() -> None:
+    """Fifty processes end after they were listed, or while they are read."""
+    with ready(TREE, 100) as process:
+        children = sorted(child.pid for child in psutil.Process(process.pid).children())
+
+        def end(pid: int) -> None:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (32, 32))
+            for child in children[::2]:
+                kill(child)
+
+        stops = f"1 words:/proc/{children[0]}/pagemap"
+        result = meanwhile(end, stops, "--json", process.pid)
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = json.loads(result.stdout)["processes"]
+    assert [row["pid"] for row in rows] == [process.pid, *children]  # nobody has waited for them
+    assert [row["frames"] > 0 for row in rows] == [True, *[False, True] * 50]
+
+
+def test_too_few_open_files_are_told_in_one_line(forked: int) -> None:
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (5, 5))
+    fails(memuse(forked, preexec_fn=limit), "Too many open files")
+
+
+# ---- Memory ---------------------------------------------------------------------
+
+FORK_SCENE = (
+    """
+import mmap
+memory = mmap.mmap(-1, 256 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+for page in range(0, 256 << 20, 4096):
+    memory[page] = 1
+"""
+    + TREE
+)
+
+
+@functools.lru_cache(1)
+def size_of_interpreter() -> int:
+    """What address space it takes to import memuse."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import memuse, json\n"
+    code += "print(open('/proc/self/status').read())"
+    lines = run([sys.executable, "-c", code]).stdout.splitlines()
+    (peak,) = [line for line in lines if line.startswith("VmPeak:")]
+    return int(peak.split()[1]) * KIB
+
+
+def test_64_mib_are_enough_for_a_tree_that_shares_256() -> None:
+    """The floor that any counting by page takes, and not one word for each page of each row."""
+    limit = size_of_interpreter() + 64 * MIB
+    columns = ("-o", "pid,frames,unique,size,tree,freed,swap")
+    with ready(FORK_SCENE, 6) as process:
+        free = memuse(process.pid, *columns)
+        in_limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
+        limited = memuse(process.pid, *columns, preexec_fn=in_limit)
+    assert (limited.returncode, limited.stderr) == (0, "")
+    assert limited.stdout == free.stdout
+    assert int(free.stdout.splitlines()[-1].split()[1]) > 65536
+
+
+PLACES = ["words:/proc/PID/pagemap", "before:/proc/PID/smaps_rollup", "before:/proc/kpagecount"]
+
+
+@pytest.mark.parametrize("place", [*PLACES, "words:/proc/kpagecount", "before:/proc/PID/stat"])
+@pytest.mark.parametrize("how", ["MemoryError", "ENOMEM"])
+def test_too_little_memory_is_told_in_one_line_and_no_fault_of_a_process(
+    how: str, place: str, forked: int
+) -> None:
+    machine = f"OutOfMemory {how} 1 {place.replace('PID', str(forked))}"
+    assert fails(simulated(machine, forked)) == "memuse: there is not enough memory\n"
+
+
+@pytest.mark.parametrize("kib", [0, 600, 2000, 9000])
+def test_memory_that_ends_for_real_is_told_in_one_line_or_is_enough(kib: int, forked: int) -> None:
+    result = simulated(f"Narrow {kib}", forked)
+    if result.returncode:
+        assert re.search("not enough memory|cannot start a thread", fails(result))
+    else:
+        assert result.stderr == ""
+        assert result.stdout.count("\n") == 6

@@ -1,0 +1,82 @@
+"""Kernels and machines that are not here: the same figures, or one line on what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Callable
+
+import pytest
+import reference
+import scenes
+from conftest import fails, has_no_differences, measured, needs_root, simulated
+
+pytestmark = [needs_root, pytest.mark.usefixtures("few_are_wrong")]
+Build = Callable[..., int]
+
+
+def compare(machine: str, name: str, pid: int) -> dict[str, Any]:
+    """What is counted on another machine is what the reference counts on this one."""
+    for _ in range(4):  # others on this machine map the same files
+        expected = reference.count(reference.tree(pid))
+        result = simulated(machine, "--json", pid)
+        assert (result.returncode, result.stderr) == (0, "")
+        report: dict[str, Any] = json.loads(result.stdout)
+        table = reference.differences(report, expected)
+        if not table:
+            break
+    about = f"scene {name} on {machine}: {scenes.about(name)}"
+    has_no_differences(about, table)
+    return report
+
+
+# ---- PAGEMAP_SCAN ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["zero", "guarded", "forked", "file_twice", "lone_thread"])
+def test_without_pagemap_scan_all_is_counted_by_reading_more(name: str, scene: Build) -> None:
+    """As before Linux 6.7, of which the ioctl is unknown."""
+    pid = scene(name)
+    report = compare("NoScan ENOTTY", name, pid)
+    with_scan = measured("-o", "pid,rss", pid)["processes"]
+    assert [row["rss"] for row in report["processes"]] == [row["rss"] for row in with_scan]
+
+
+@pytest.mark.parametrize("name", ["zero", "lone_thread"])
+def test_a_pagemap_scan_that_refuses_its_arguments_is_done_without(name: str, scene: Build) -> None:
+    compare("NoScan EINVAL", name, scene(name))
+
+
+def test_without_pagemap_scan_hugetlb_pages_are_found(scene: Build, hugetlb: None) -> None:
+    """They are in no RSS, by which VMAs might be chosen."""
+    compare("NoScan ENOTTY", "hugetlb", scene("hugetlb"))
+
+
+# ---- Byte order and page sizes --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["forked", "zero", "guarded", "huge"])
+def test_words_of_the_other_byte_order_are_understood(name: str, scene: Build, thp: None) -> None:
+    compare("BigEndian", name, scene(name))
+
+
+def test_a_kernel_without_huge_pages_names_no_size_of_them(forked: int) -> None:
+    """No hpage_pmd_size; with huge pages there, their exclusive bits could not be told."""
+    compare("Refusing ENOENT hpage_pmd_size", "forked", forked)
+
+
+# ---- What is refused, or missing ------------------------------------------------
+
+
+def test_a_kernel_that_refuses_to_open_pagemap_is_told_as_a_missing_right() -> None:
+    """Linux 4.0 and 4.1 do not even open it without the capability."""
+    fails(simulated("Refusing EPERM pagemap", os.getpid()), "CAP_SYS_ADMIN", "sudo")
+
+
+@pytest.mark.parametrize("names", ["pagemap smaps smaps_rollup", "kpageflags", "kpagecount"])
+def test_a_kernel_without_page_monitor_is_told_so(names: str) -> None:
+    machine = f"Refusing ENOENT {names}"
+    fails(simulated(machine, os.getpid()), "CONFIG_PROC_PAGE_MONITOR")
+    free = simulated(machine, "-o", "pid,command", os.getpid())
+    assert (free.returncode, free.stderr) == (0, "")
+    assert free.stdout.split()[0] == "PID"
