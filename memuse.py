@@ -1214,7 +1214,8 @@ def measure(
             continue
         row = {**process.row, "depth": depths[-1]}
         of_kernel = figures[number - 1] if figures else {}
-        if of_kernel is None or (figures and not process.stat.is_same(node.stat)):  # exec
+        # They may be of another image: it called exec between two looks at it.
+        if of_kernel is None or (figures and not process.stat.is_same(node.stat)):
             of_kernel = kernel_figures(machine, node._replace(stat=process.stat)) or {}
         if isinstance(of_kernel, PermissionError):
             process = process._replace(unread=process.unread or reason(of_kernel))
