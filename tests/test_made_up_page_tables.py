@@ -84,6 +84,20 @@ def test_each_kind_of_entry(kind: str, tmp_path: Path) -> None:
     check(machine, about=ABOUT[kind])
 
 
+@pytest.mark.parametrize(("kib", "pmd_pages"), [(64, 32), (4, 256)])
+def test_the_size_of_huge_pages_is_the_kernels(kib: int, pmd_pages: int, tmp_path: Path) -> None:
+    """Not the page size's square over 8: 2 MiB of 64 KiB pages, 1 MiB of 4 KiB pages.
+
+    Else the huge zero page would be counted, and the exclusive bit be believed of pages that
+    others have.  The first PFN of a huge page of 32 pages need not end in eight zero bits.
+    """
+    machine = MadeUp(tmp_path, kib * KIB, "little", pmd_pages)
+    machine.add([(False, 0, [("huge_zero", 1, 0), ("huge", 1, 1), ("huge", 1, 2)])])
+    machine.add([(False, 0, [("part", pmd_pages // 2, 1), ("part", 3, 2)])], FIRST_PID)
+    machine.add([(False, 0, [("huge_zero", 1, 0), ("huge", 1, 3)])], FIRST_PID)
+    check(machine, about="exclusive bit of huge pages believed, or the huge zero page counted?")
+
+
 # ---- Any page tables ------------------------------------------------------------
 
 runs = st.tuples(st.sampled_from(KINDS.split()), st.integers(1, 700), st.integers(0, 600))
@@ -237,20 +251,6 @@ def test_page_sizes_huge_page_sizes_and_byte_orders(
     check(machine)
     report = json.loads(inside(machine, "--json", FIRST_PID, "-o", "pid,swap").stdout)
     assert report["page_size"] == kib * KIB
-
-
-@pytest.mark.parametrize(("kib", "pmd_pages"), [(64, 32), (4, 256)])
-def test_the_size_of_huge_pages_is_the_kernels(kib: int, pmd_pages: int, tmp_path: Path) -> None:
-    """Not the page size's square over 8: 2 MiB of 64 KiB pages, 1 MiB of 4 KiB pages.
-
-    Else the huge zero page would be counted, and the exclusive bit be believed of pages that
-    others have.  The first PFN of a huge page of 32 pages need not end in eight zero bits.
-    """
-    machine = MadeUp(tmp_path, kib * KIB, "little", pmd_pages)
-    machine.add([(False, 0, [("huge_zero", 1, 0), ("huge", 1, 1), ("huge", 1, 2)])])
-    machine.add([(False, 0, [("part", pmd_pages // 2, 1), ("part", 3, 2)])], FIRST_PID)
-    machine.add([(False, 0, [("huge_zero", 1, 0), ("huge", 1, 3)])], FIRST_PID)
-    check(machine, about="exclusive bit of huge pages believed, or the huge zero page counted?")
 
 
 # ---- Numbers that are greater than what holds them ------------------------------
