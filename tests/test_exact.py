@@ -17,8 +17,8 @@ import scenes
 from building import HUGE
 from conftest import (
     has_no_differences,
-    inside,
     measured,
+    measured_apart,
     memuse,
     needs_root,
     ready,
@@ -39,7 +39,7 @@ def compare(*roots: int, about: str = "") -> dict[str, Any]:
     pids = [pid for root in roots for pid in reference.tree(root)]
     expected = reference.count(pids)
     for _ in range(4):  # others come and go on this machine, who map the same files
-        report = measured(*roots)
+        report = measured_apart(*roots)
         table = reference.differences(report, expected)
         if not table:
             break
@@ -76,36 +76,30 @@ def compare_parts(name: str, pid: int) -> dict[str, Any]:
     parts = [each for each in pids[1:] if each in parents or each in [*leaves[:3], leaves[-1]]]
     reports = {}
     for part in [*parts, pid]:
-        report = reports[part] = measured(part) if part == pid else measured_inside(part)
+        report = reports[part] = measured_apart(part) if part == pid else measured(part)
         below = reading.below(part)
         if reference.differences(report, reading.count([each for each in pids if each in below])):
             reports[part] = compare(part, about=about)  # from a reading of its own
         check_sums(reports[part])
-    check_gentle(pid)
+    check_gentle(pid, reports[pid])
     return reports[pid]
 
 
-def measured_inside(*arguments: object) -> dict[str, Any]:
-    """The same as measured(), without another process: in a fraction of the time."""
-    result = inside(None, "--json", *arguments)
-    assert (result.returncode, result.stderr) == (0, "")
-    report: dict[str, Any] = json.loads(result.stdout)
-    return report
-
-
-def check_gentle(pid: int) -> None:
+def check_gentle(pid: int, full: dict[str, Any]) -> None:
     """Where no smaps_rollup is read, all is the same but FREED, which others may move."""
-    for _ in range(4):  # the kernel may have collapsed huge pages meanwhile
-        reports = measured_inside(pid), measured_inside("-o", COUNTED, pid)
-        full, gentle = ([*report["processes"], report["total"]] for report in reports)
-        wanted = [{name: row[name] for name in other} for row, other in zip(full, gentle)]
-        if without_freed(wanted) == without_freed(gentle):
+    for _ in range(4):
+        gentle = measured("-o", COUNTED, pid)
+        if counted(full) == counted(gentle):
             break
-    assert without_freed(wanted) == without_freed(gentle)
+        full = measured(pid)  # the kernel may have collapsed huge pages meanwhile
+    assert counted(full) == counted(gentle)
 
 
-def without_freed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "freed": None} for row in rows]
+def counted(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of all rows but FREED."""
+    names = {*COUNTED.split(",")} - {"freed"}
+    rows = [*report["processes"], report["total"]]
+    return [{name: row[name] for name in row if name in names} for row in rows]
 
 
 # ---- Scenes ---------------------------------------------------------------------
@@ -276,7 +270,7 @@ def test_what_is_freed_is_freed(which: str, scene: Build) -> None:
         reading = reference.read(pids)
         below = reading.below(killed)
         freed = reading.freed(below, set(pids))
-        rows = {row["pid"]: row for row in measured(pids[0])["processes"]}
+        rows = {row["pid"]: row for row in measured_apart(pids[0])["processes"]}
         if rows[killed]["freed"] == len(freed) * PAGE:
             break  # else others on this machine map the same files
     assert rows[killed]["freed"] == len(freed) * PAGE
@@ -357,7 +351,7 @@ def test_tree_is_depth_first_with_siblings_by_pid(forked: int) -> None:
 
 
 def test_memuse_leaves_itself_out() -> None:
-    pids = [process["pid"] for process in measured(os.getpid())["processes"]]
+    pids = [process["pid"] for process in measured_apart(os.getpid())["processes"]]
     assert pids[0] == os.getpid()
     assert len(pids) == 1 + len(psutil.Process().children(recursive=True))
 

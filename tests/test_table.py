@@ -18,6 +18,7 @@ from conftest import (
     TREE,
     Result,
     fails,
+    inside,
     measured,
     memuse,
     needs_root,
@@ -36,9 +37,9 @@ DEFAULT = ["PID", "FRAMES", "+UNIQUE", "SIZE", "TREE", "FREED", "PSS", "SWAP", "
 STEADY = "pid,ppid,user,frames,unique,size,tree,anon,file,rss,pte,swap,command"
 
 
-def shown(*arguments: object, **options: Any) -> list[str]:
+def shown(*arguments: object, **environment: str) -> list[str]:
     """The lines of a run without a complaint."""
-    result = memuse(*arguments, **options)
+    result = inside(None, *arguments, **environment)
     assert (result.returncode, result.stderr) == (0, "")
     return str(result.stdout).splitlines()
 
@@ -264,8 +265,8 @@ def long() -> Any:
         yield pid
 
 
-def with_columns(width: object, *arguments: object, **more: str) -> list[str]:
-    return shown(*arguments, env={**ENVIRONMENT, **more, "COLUMNS": str(width)})
+def with_columns(width: object, *arguments: object) -> list[str]:
+    return shown(*arguments, COLUMNS=str(width))
 
 
 def test_nothing_is_cut_in_a_pipe(long: int) -> None:
@@ -317,11 +318,14 @@ def waiting(*command: str) -> Iterator[int]:
         yield process.pid
 
 
-def command_in(width: int, pid: int, **environment: str) -> str:
+def command_in(width: int, pid: int) -> str:
     """The command with so many columns for it."""
-    others = max(len(str(pid)), len("TOTAL")) + 1
-    row = with_columns(others + width, "-o", "pid,command", pid, **environment)[1]
+    row = with_columns(columns_before_the_command(pid) + width, "-o", "pid,command", pid)[1]
     return row.split(None, 1)[1]
+
+
+def columns_before_the_command(pid: int) -> int:
+    return max(len(str(pid)), len("TOTAL")) + 1
 
 
 def test_a_path_loses_its_middle_before_its_programs_name() -> None:
@@ -338,8 +342,10 @@ def test_a_path_loses_its_middle_before_its_programs_name() -> None:
             (7, "…/chrom"),
         ):
             assert command_in(width, pid) == expected
-        in_ascii = command_in(len(whole) - 4, pid, PYTHONIOENCODING="ascii")
-        assert in_ascii == f"/usr/lib/chr~/chromium {rest}"
+        width = columns_before_the_command(pid) + len(whole) - 4
+        env = {**ENVIRONMENT, "COLUMNS": str(width), "PYTHONIOENCODING": "ascii"}
+        in_ascii = memuse("-o", "pid,command", pid, env=env).stdout.splitlines()[1]
+        assert in_ascii.split(None, 1)[1] == f"/usr/lib/chr~/chromium {rest}"
 
 
 def test_a_command_without_a_path_loses_its_end() -> None:
