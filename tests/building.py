@@ -7,9 +7,8 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable
 
 PAGE = mmap.PAGESIZE
 MIB = 256 * PAGE  # with pages of 4 KiB; elsewhere, scenes are as many pages

@@ -199,8 +199,9 @@ def ready(
 @contextmanager
 def standing(name: str, prefix: Sequence[str] = ()) -> Iterator[int]:
     """The PID of a scene of scenes.py, once it is ready; it and its children end afterwards."""
-    command = [*prefix, sys.executable, str(TESTS / "scenes.py"), *name.split()]
-    with ready("", command=command) as process:
+    # As a module, of which the compiled code is kept, and without what takes more memory.
+    command = [*prefix, sys.executable, "-S", "-E", "-m", "scenes", *name.split()]
+    with ready("", command=command, cwd=TESTS) as process:
         yield process.pid
 
 

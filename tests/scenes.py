@@ -3,19 +3,18 @@
 Each scene is a function here, in scenes_of_processes.py or in scenes_of_kernels.py, and the first
 line of its docstring says which mistake it would show.  `python scenes.py NAME` builds it, forks
 its children, prints "ready", and stands still until its standard input is closed.
+
+What only a few scenes need is imported in them: all that is imported is memory of each process.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import random
-import shutil
 import signal
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import scenes_of_kernels
 import scenes_of_processes
@@ -168,6 +167,8 @@ def sparse() -> None:
 
 def file_of(pages: int) -> int:
     """A file that has no name any more."""
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         file.write(os.urandom(pages * PAGE))
         file.flush()
@@ -213,6 +214,8 @@ def file_twice() -> None:
 
 def misnamed() -> None:
     """File with a name like anonymous memory's in maps: its copies lost, or its frames?"""
+    import tempfile
+
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/x rw-p 00000000 00:00 0 "
         Path(path).write_bytes(os.urandom(MIB))
@@ -261,6 +264,8 @@ def backends() -> None:
 
     A branch of them is below another, and one maps it elsewhere too.
     """
+    import random
+
     memory, copied = map_memory(4 * MIB, SHARED), map_memory(2 * MIB)
     write(copied, range(300))
 
@@ -283,6 +288,9 @@ def many() -> None:
 
     Of a program that nobody else runs.
     """
+    import shutil
+    import tempfile
+
     with tempfile.TemporaryDirectory() as directory:
         program = shutil.copy(shutil.which("cat") or "/bin/cat", directory)
         for _ in range(270):
@@ -329,6 +337,8 @@ def anything(seed: str) -> None:
 
     By the seed, always the same.
     """
+    import random
+
     chance = random.Random(seed)
     file = os.memfd_create("anything")
     os.write(file, os.urandom(800 * PAGE))

@@ -5,11 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import random
-import re
-import socket
-import struct
-import tempfile
 from pathlib import Path
 
 from building import (
@@ -141,6 +136,8 @@ def tmpfs_huge() -> None:
 
     By several processes, one of which has private copies.
     """
+    import tempfile
+
     mount = [ctypes.c_char_p(text) for text in (b"tmpfs", b"tmpfs", b"huge=always,size=64m")]
     if libc.unshare(0x20000) or libc.mount(None, b"/", None, 0x44000, None):  # private, all
         raise failed("a mount namespace")
@@ -176,6 +173,8 @@ def tmpfs_huge() -> None:
 
 def hugetlb() -> None:
     """Hugetlb pages left out, which the kernel has in no RSS?"""
+    import re
+
     (size,) = re.findall(r"Hugepagesize: +(\d+) kB", Path("/proc/meminfo").read_text())
     pages = int(size) * 1024 // PAGE
     private = map_memory(3 * pages * PAGE, ANON | MAP_HUGETLB)
@@ -244,6 +243,8 @@ def swapped() -> None:
 
 def swapped_branches() -> None:
     """Swap slots that only cousins have, at random and moved: counted twice?"""
+    import random
+
     memory = map_memory(4 * MIB)
     advise(memory, 4 * MIB, MADV_NOHUGEPAGE)
     write(memory, range(1000))
@@ -281,6 +282,9 @@ def packet_ring() -> None:
 
     Mapped twice by one process and, moved and in part, by its children.
     """
+    import socket
+    import struct
+
     try:
         ring = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         block, blocks = 16 * PAGE, 8

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
-import threading
 from pathlib import Path
 
 from building import (
@@ -63,6 +60,9 @@ def shells() -> None:
 
 def opener() -> str:
     """A FIFO, and a child that says "ready" once it has a sibling."""
+    import shutil
+    import tempfile
+
     directory = tempfile.mkdtemp()
     fifo, parent = f"{directory}/fifo", os.getpid()
     os.mkfifo(fifo)
@@ -152,6 +152,8 @@ def twins_huge() -> None:
 
 def lone_thread() -> None:
     """Main thread ended, as ps's <defunct>, while another uses the memory: taken for a zombie?"""
+    import threading
+
     write(map_memory(3 * MIB), range(640))
     stat = Path(f"/proc/self/task/{os.getpid()}/stat")
 
