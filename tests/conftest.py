@@ -78,7 +78,7 @@ def simulated(machine: str, *arguments: object, **options: Any) -> Result:
 
 
 def inside(machine: Any, *arguments: object, **environment: str) -> Result:
-    """Run memuse in this process, on a machine of machines.py or, with None, on this one.
+    """Run memuse in this process, on a machine that is not here or, with None, on this one.
 
     In a fraction of the time that the command takes; what only another process shows, such as
     its exit, its streams, or that it leaves itself out, is for memuse() and simulated().

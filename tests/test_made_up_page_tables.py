@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reference
 from conftest import KIB, has_no_differences, inside
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from machines import FIRST_PID, KINDS, Area, MadeUp
+from made_up import FIRST_PID, KINDS, Area, MadeUp
 
 import memuse
 
@@ -116,6 +117,13 @@ patches = st.fixed_dictionaries(
 CHAIN, FAN, TWO_BRANCHES = [0, 1, 2, 3, 4], [0, 0, 0, 0, 0], [0, 1, 0, 3, 3]
 
 
+def case(made: list[list[Area]], **others: Any) -> Any:
+    """An example: a chain of processes, on x86-64, unless others than the usual are given."""
+    usual = {"parents": CHAIN, "twins": set(), "fates": {}, "machine": (4, 512)}
+    usual |= {"byteorder": "little", "outsiders": False, "patches": {}}
+    return example(made=made, **{**usual, **others})
+
+
 # Examples are not made smaller: that takes minutes, and the tests above are small.
 @settings(
     max_examples=80,
@@ -136,63 +144,42 @@ CHAIN, FAN, TWO_BRANCHES = [0, 1, 2, 3, 4], [0, 0, 0, 0, 0], [0, 1, 0, 3, 3]
     outsiders=st.booleans(),
     patches=patches,
 )
-@example(
-    made=[
+@case(
+    [
         [(False, 0, [("huge", 1, 0), ("private", 5, 0), ("swap", 30, 2)])],
         [(False, 0, [("part", 400, 8), ("part", 400, 16)]), (True, 3, [("device", 9, 1)])],
     ],
-    parents=CHAIN,
-    twins=set(),
-    fates={},
-    machine=(4, 512),
-    byteorder="little",
-    outsiders=False,
-    patches={},
 )
-@example(  # one that vanishes when some of it was read, and had much and part of it new
-    made=[
+@case(  # one that vanishes when some of it was read, and had much and part of it new
+    [
         [(False, 0, [("shared", 100, 0), ("private", 1, 0)])],
         [(False, 0, [("shared", 3300, 0)])],
         [(False, 0, [("shared", 3300, 0)]), (True, 0, [("file", 40, 0)])],
         [(False, 9, [("shared", 3300, 0)])],
     ],
     parents=FAN,
-    twins=set(),
     fates={1: "vanish"},
-    machine=(4, 512),
-    byteorder="little",
-    outsiders=False,
     patches={"READ_WHOLE": 0, "MAX_READ": 512},
 )
-@example(
-    made=[
+@case(
+    [
         [(False, 0, [("shared", 100, 0)])],
         [(False, 0, [("shared", 50, 200), ("huge", 1, 0), ("private", 3300, 0)])],
         [(False, 0, [("shared", 50, 200), ("part", 300, 0)])],
         [(False, 0, [("part", 300, 0), ("shared", 50, 200)])],
     ],
-    parents=CHAIN,
-    twins=set(),
     fates={1: "torn"},
-    machine=(4, 512),
-    byteorder="little",
     outsiders=True,
-    patches={},
 )
-@example(  # the same with pages that are too few for a Block
-    made=[
+@case(  # the same with pages that are too few for a Block
+    [
         [(False, 0, [("shared", 5, 0), ("private", 1, 0)])],
         [(False, 0, [("shared", 9, 0), ("swap", 30, 0)])],
         [(False, 0, [("shared", 300, 3), ("swap", 30, 0)])],
         [(False, 0, [("shared", 9, 0), ("nothing", 9, 0), ("shared", 9, 5), ("swap", 20, 9)])],
     ],
-    parents=CHAIN,
-    twins=set(),
     fates={1: "torn"},
-    machine=(4, 512),
-    byteorder="little",
     outsiders=True,
-    patches={},
 )
 def test_any_entries_are_counted_as_sets_would(
     made: list[list[Area]],
