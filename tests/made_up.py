@@ -27,6 +27,7 @@ FIRST_PID = 5_000_001  # beyond PID_MAX_LIMIT: certainly nobody
 KINDS = "nothing private shared file file_alone zero huge_zero device swap marker guard huge part"
 
 Run = tuple[str, int, int]  # a kind, a number of pages, and where in the pool they begin
+Words = tuple[int, list[int]]  # the number of the first, and they and those after it
 Area = tuple[bool, int, list[Run]]  # whether of a file, pages before it, what is in it
 OUTSIDERS = (0, 1, 200, 0, 300)  # how often others map the frames that anyone may map
 
@@ -75,26 +76,20 @@ class MadeUp(memuse.Machine):
     def packed(self, words: Sequence[int]) -> bytes:
         return struct.pack(f"{'<' if self.byteorder == 'little' else '>'}{len(words)}Q", *words)
 
-    def _write_words(self, path: Path, words: dict[int, int]) -> None:
-        """By their numbers; what is between them is 0."""
+    def _write_words(self, path: Path, runs: list[Words], end: int) -> None:
+        """Runs of words, by the number of their first; what is between them is 0."""
         with path.open("wb") as file:
-            file.truncate(8 * (max(words) + 512))
-            run: list[int] = []
-            for at in sorted(words):
-                if run and words.get(at - 1) is None:
-                    file.write(self.packed(run))
-                    run = []
-                if not run:
-                    file.seek(at * 8)
-                run.append(words[at])
-            file.write(self.packed(run))
+            file.truncate(8 * end)
+            for first, words in runs:
+                file.seek(first * 8)
+                file.write(self.packed(words))
 
     def _write_flags(self) -> None:
         pools = [(ZERO, ZERO_PAGE, 1), (HUGE_ZERO, ZERO_PAGE, self.pmd_pages)]
         pools += [(DEVICE, NOPAGE, POOL), (SHARED, ANON, POOL)]
         pools += [(HUGE, ANON, HUGE_POOL * self.pmd_pages)]
-        flags = {first + i: flag for first, flag, number in pools for i in range(number)}
-        self._write_words(self.root / "kpageflags", {**flags, 1 << 20: 0})
+        runs = [(first, [flag] * number) for first, flag, number in pools]
+        self._write_words(self.root / "kpageflags", runs, (1 << 20) + 512)
 
     def _add_memuse(self) -> None:
         """The process that memuse itself is there, which maps some of a file, too."""
@@ -123,28 +118,27 @@ class MadeUp(memuse.Machine):
         self._write_stat(pid, parent or 1)
         self.mine: set[int] = set()  # huge pages that it has as such
         self.parts: set[int] = set()  # those of which it has some pages, as others may
-        tables: dict[int, int] = {}
-        lines, at = [], 1 << 20
+        memory = self.memories[pid] = reference.Memory(parent or 1)
+        lines, tables, at = [], [], 1 << 20
         for of_file, gap, content in [*areas, (False, 300, [("private", 9, 0)])]:  # its stack
             start = at = at + gap
             for kind, length, base in content:
                 entries = self._entries(kind, at, length, base, of_file)
-                tables.update(enumerate(entries, at))
+                tables.append((at, entries))
                 at += len(entries)
+                for entry in filter(None, entries):
+                    add_entry(memory, entry)
             name = "fe:01 1234 /a file" if of_file else "00:00 0"
             if at > start:
                 bounds = f"{start * self.page_size:x}-{at * self.page_size:x}"
                 lines.append(f"{bounds} rw-p 00003000 {name}\n")
         (directory / "maps").write_text("".join(lines))
-        self._write_words(directory / "pagemap", tables)
+        self._write_words(directory / "pagemap", tables, at + 511)
         if fate == "torn":
             os.truncate(directory / "pagemap", (at - 1) * 8)
             self.torn.add(pid)
         if fate == "vanish":
             self.vanishing[os.stat(directory / "pagemap").st_ino] = pid
-        memory = self.memories[pid] = reference.Memory(parent or 1)
-        for entry in tables.values():
-            add_entry(memory, entry)
         self.spaces.append({pid})
         return pid
 
@@ -215,10 +209,23 @@ class MadeUp(memuse.Machine):
                 anyone = SHARED <= pfn < HUGE or (pfn < OWN and (pfn - HUGE) % self.pmd_pages)
                 mapped[pfn] += OUTSIDERS[pfn % len(OUTSIDERS)] if anyone else 0
         counts = mapped + Counter(self.mapped_by_memuse)
-        self._write_words(self.root / "kpagecount", counts)
+        self._write_words(self.root / "kpagecount", runs_of(counts), max(counts) + 512)
         for pid in gone | self.torn:  # others see what they map, memuse does not
             self.memories[pid] = reference.Memory(self.memories[pid].parent)
         return reference.Reading(self.memories, self.spaces, mapped, self.page_size)
+
+
+def runs_of(words: dict[int, int]) -> list[Words]:
+    """Words by their numbers, as runs of those that follow each other."""
+    runs: list[Words] = []
+    end = -1
+    for at in sorted(words):
+        if at != end:
+            run: list[int] = []
+            runs.append((at, run))
+        run.append(words[at])
+        end = at + 1
+    return runs
 
 
 def add_entry(memory: reference.Memory, entry: int) -> None:
