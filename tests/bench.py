@@ -337,8 +337,9 @@ def measure_tree(pid: int, options: argparse.Namespace, sleeper: int, with_floor
         "startup": [*MEMUSE, str(sleeper)],
         "gentle": [*GENTLE, str(pid)],
         "gentle startup": [*GENTLE, str(sleeper)],
-        "import": IMPORT,
     }
+    if pid == sleeper:
+        commands["import"] = IMPORT
     if options.beside:
         commands["beside"] = [sys.executable, options.beside, str(pid)]
         commands["beside startup"] = [sys.executable, options.beside, str(sleeper)]
@@ -373,7 +374,7 @@ def worst_waits(options: argparse.Namespace) -> list[list[str]]:
     print(f"victim x {options.scale:g}", file=sys.stderr)
     with standing("victim", options.scale) as process:
         commands = {
-            "undisturbed for a second": ["sleep", "1"],
+            f"undisturbed for {options.pause} s": ["sleep", str(options.pause)],
             "floor, its smaps alone": floor_command([process.pid], only_smaps=True),
             "floor": floor_command([process.pid]),
             "memuse": [*MEMUSE, str(process.pid)],
@@ -480,10 +481,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beside", metavar="MEMUSE_PY", help="another version, in every round")
     parser.add_argument("--growth", action="store_true", help="four sizes of four scenes")
     parser.add_argument("--smoke", action="store_true", help="a part of it, tiny and once")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv, argparse.Namespace(pause=1))
     names = options.scenes or [*LIMITS, "victim"]
     if options.smoke:
-        options.rounds, options.scale = 1, 1 / 256
+        options.rounds, options.scale, options.pause = 1, 1 / 256, 0.01
         names = options.scenes or ["fork", "vmas", "sparse", "startup", "victim"]
     unknown = set(names) - {*LIMITS, "victim"}
     if unknown or options.rounds < 1 or not 0 < options.scale <= 1:
