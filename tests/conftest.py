@@ -78,13 +78,17 @@ def simulated(machine: str, *arguments: object, **options: Any) -> Result:
 
 
 def inside(machine: Any, *arguments: object, **environment: str) -> Result:
-    """Run memuse in this process, on a machine that is not here or, with None, on this one.
+    """Run memuse in this process, on this machine (None) or one that is not here.
 
-    In a fraction of the time that the command takes; what only another process shows, such as
-    its exit, its streams, or that it leaves itself out, is for memuse() and simulated().
+    In a fraction of the time that the command takes.  What only another process shows is for
+    memuse() and simulated(), such as its exit, its streams, or that it leaves itself out.
     """
+    import machines
+
     import memuse as tool  # not above: a function here has its name
 
+    if isinstance(machine, str):
+        machine = machines.named(machine)
     handler, interval = signal.getsignal(signal.SIGINT), sys.getswitchinterval()
     file = functools.partial(tempfile.TemporaryFile, "w+", encoding="utf-8")
     with file() as output, file() as errors, pytest.MonkeyPatch.context() as patch:

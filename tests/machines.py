@@ -254,10 +254,16 @@ class MapsFile(memuse.Machine):
         return words
 
 
-def main(made: str, *arguments: str) -> int:
-    name, *parameters = made.split()
+def named(machine: str) -> memuse.Machine:
+    """By a class and its arguments, such as "Refusing ENOENT kpageflags"."""
+    name, *parameters = machine.split()
+    made: memuse.Machine = globals()[name](*parameters)
+    return made
+
+
+def main(machine: str, *arguments: str) -> int:
     sys.argv[0] = "memuse.py"
-    return memuse.main(list(arguments), globals()[name](*parameters))
+    return memuse.main(list(arguments), named(machine))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import pytest
 from conftest import (
     TREE,
     fails,
+    inside,
     meanwhile,
     measured,
     memuse,
@@ -224,7 +225,7 @@ def test_a_slash_is_the_whole_machine(forked: int) -> None:
 def test_a_group_that_is_not_there(path: str) -> None:
     for arguments in ((), (os.getpid(),)):
         said = f"memuse: there is no control group {path!r}\n"
-        assert fails(memuse("-g", path, *arguments)) == said
+        assert fails(inside(None, "-g", path, *arguments)) == said
 
 
 def test_a_groups_name_reaches_no_terminal_as_it_is() -> None:
@@ -339,7 +340,7 @@ def test_members_that_come_and_go_all_the_time(each: Path) -> None:
     with ready(SHORT_LIVED) as process:
         put(each, process.pid)
         for _ in range(5):
-            result = memuse("--json", "-g", NAME)
+            result = inside(None, "--json", "-g", NAME)
             assert re.fullmatch("(memuse: [0-9]+ process(es)? exited [^\n]+\n)?", result.stderr)
             assert result.returncode == 0
             rows = json.loads(result.stdout)["processes"]

@@ -16,13 +16,13 @@ from conftest import (
     MIB,
     TREE,
     Result,
+    inside,
     kill,
     meanwhile,
     measured,
     memuse,
     needs_root,
     ready,
-    simulated,
     slow,
     wait_for,
 )
@@ -122,7 +122,7 @@ def check_accounts(result: Result, found: set[int]) -> dict[str, Any]:
 def churn(name: str, runs: int, log: Path) -> None:
     with ready(CHURN[name]) as process:
         for _ in range(runs):
-            result = simulated(f"Logged {log}", "--json", process.pid, timeout=60)
+            result = inside(f"Logged {log}", "--json", process.pid)
             found = re.findall("^/proc/([0-9]+)$", log.read_text(), re.M)
             check_accounts(result, {int(pid) for pid in found})
         assert process.poll() is None
@@ -243,7 +243,7 @@ def test_if_only_the_kernels_figures_cannot_be_had_its_row_stays(turning: Turnin
 def test_figures_that_have_gone_for_a_moment_are_read_again() -> None:
     """As after an exec to the same addresses, which stat does not show."""
     with ready(TREE, 0) as process:
-        result = simulated("Emptied 1 smaps_rollup", "-o", "pid,rss", process.pid)
+        result = inside("Emptied 1 smaps_rollup", "-o", "pid,rss", process.pid)
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout == memuse("-o", "pid,rss", process.pid).stdout
 

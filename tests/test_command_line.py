@@ -19,6 +19,7 @@ from conftest import (
     TREE,
     Result,
     fails,
+    inside,
     kill,
     meanwhile,
     measured,
@@ -27,7 +28,6 @@ from conftest import (
     ready,
     run,
     running,
-    simulated,
     wait_for,
 )
 
@@ -44,18 +44,18 @@ import memuse as module
     ],
 )  # fmt: skip
 def test_wrong_usage(arguments: str) -> None:
-    fails(memuse(*shlex.split(arguments)), "memuse --help", status=2)
+    fails(inside(None, *shlex.split(arguments)), "memuse --help", status=2)
 
 
 @pytest.mark.parametrize("arguments", ["", "-h", "-b", "-J", "-o pid", "--human-readable --json"])
 def test_a_missing_pid_is_what_is_said_to_be_missing(arguments: str) -> None:
-    line = fails(memuse(*arguments.split()), status=2)
+    line = fails(inside(None, *arguments.split()), status=2)
     assert line == "memuse: a PID is missing; see memuse --help\n"
 
 
 def test_an_unknown_column_is_answered_with_those_that_there_are() -> None:
     for columns in ("sice", "pid,sice", "+sice", "PID,Sice"):
-        line = fails(memuse("-o", columns, 1), "'sice'", status=2)
+        line = fails(inside(None, "-o", columns, 1), "'sice'", status=2)
         assert f"there are {', '.join(module.COLUMNS)};" in line
 
 
@@ -326,7 +326,7 @@ def test_columns_decide_what_is_read(
 ) -> None:
     """Where no figure is asked for, no file that would cost the process is opened."""
     log = tmp_path / "log"
-    result = simulated(f"Logged {log}", "-o", columns, forked)
+    result = inside(f"Logged {log}", "-o", columns, forked)
     assert (result.returncode, result.stderr) == (0, "")
     opened = {os.path.basename(path) for path in log.read_text().splitlines()}
     costly = {"maps", "pagemap", "smaps", "smaps_rollup", "status", "kpageflags", "kpagecount"}

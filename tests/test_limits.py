@@ -17,6 +17,7 @@ from conftest import (
     ROOT,
     TREE,
     fails,
+    inside,
     kill,
     meanwhile,
     memuse,
@@ -121,7 +122,7 @@ def test_too_little_memory_is_told_in_one_line_and_no_fault_of_a_process(
     how: str, place: str, forked: int
 ) -> None:
     machine = f"OutOfMemory {how} 1 {place.replace('PID', str(forked))}"
-    assert fails(simulated(machine, forked)) == "memuse: there is not enough memory\n"
+    assert fails(inside(machine, forked)) == "memuse: there is not enough memory\n"
 
 
 @pytest.mark.parametrize("kib", [0, 600, 2000, 9000])

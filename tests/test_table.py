@@ -25,7 +25,6 @@ from conftest import (
     on_terminal,
     ready,
     running,
-    simulated,
     wait_for,
 )
 
@@ -376,7 +375,7 @@ def family() -> Any:
 
 
 def hiding(pids: list[int], *arguments: object) -> Result:
-    return simulated(f"Hiding {' '.join(map(str, pids))}", *arguments)
+    return inside(f"Hiding {' '.join(map(str, pids))}", *arguments)
 
 
 def test_a_process_that_cannot_be_read_keeps_its_row(family: tuple[int, list[int]]) -> None:
