@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 PAGE = mmap.PAGESIZE
 MIB = 256 * PAGE  # with pages of 4 KiB; elsewhere, scenes are as many pages
-PMD_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-HUGE = int(PMD_SIZE.read_text()) if PMD_SIZE.exists() else 2 * MIB
+PMD_SIZE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+HUGE = 2 * MIB
+if os.path.exists(PMD_SIZE):
+    with open(PMD_SIZE) as pmd_size:
+        HUGE = int(pmd_size.read())
 MADV_MERGEABLE, MADV_HUGEPAGE, MADV_NOHUGEPAGE = 12, 14, 15
 MADV_DONTNEED, MADV_PAGEOUT, MADV_GUARD_INSTALL = 4, 21, 102
 MAP_HUGETLB, MAP_NORESERVE, MAP_FIXED = 0x40000, 0x4000, 0x10
@@ -148,17 +151,24 @@ def wait_until(condition: Callable[[], object], seconds: int = 10) -> None:
     raise SystemExit("it did not come about")
 
 
-def state_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+def contents(path: str) -> str:
+    with open(path, encoding="latin-1") as file:
+        return file.read()
+
+
+def stat_of(process: str) -> list[str]:
+    """The fields of a process or thread from its state on."""
+    return contents(f"/proc/{process}/stat").rpartition(")")[2].split()
+
+
+def sleeps(pid: int) -> bool:
+    return stat_of(str(pid))[0] == "S"
 
 
 def children_of(parent: int) -> list[int]:
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            ppid = stat.read_bytes().rpartition(b")")[2].split()[1]
-        except OSError:
-            continue
-        if int(ppid) == parent:
-            found.append(int(stat.parent.name))
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if int(stat_of(name)[1]) == parent:
+                found.append(int(name))
     return found

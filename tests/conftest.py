@@ -204,7 +204,8 @@ def ready(
 def standing(name: str, prefix: Sequence[str] = ()) -> Iterator[int]:
     """The PID of a scene of scenes.py, once it is ready; it and its children end afterwards."""
     # As a module, of which the compiled code is kept, and without what takes more memory.
-    command = [*prefix, sys.executable, "-S", "-E", "-m", "scenes", *name.split()]
+    code = "import scenes, sys; scenes.main(*sys.argv[1:])"
+    command = [*prefix, *python(code, *name.split())]
     with ready("", command=command, cwd=TESTS) as process:
         yield process.pid
 

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import scenes_of_kernels
 import scenes_of_processes
@@ -36,8 +35,8 @@ from building import (
     map_memory,
     move,
     say_ready,
+    sleeps,
     stand_still,
-    state_of,
     touch,
     unmap,
     wait_until,
@@ -218,8 +217,9 @@ def misnamed() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/x rw-p 00000000 00:00 0 "
-        Path(path).write_bytes(os.urandom(MIB))
-        with open(path, "r+b") as file:
+        with open(path, "x+b") as file:
+            file.write(os.urandom(MIB))
+            file.flush()
             first = map_memory(MIB, mmap.MAP_SHARED, file.fileno())
             touch(first, range(256))
             second = map_memory(MIB // 2, mmap.MAP_SHARED, file.fileno(), offset=MIB // 4)
@@ -296,7 +296,7 @@ def many() -> None:
         for _ in range(270):
             quiet = (os.POSIX_SPAWN_DUP2, 2, 1)
             children.append(os.posix_spawn(program, ["cat"], {}, file_actions=[quiet]))
-        wait_until(lambda: all(state_of(pid) == b"S" for pid in children))
+        wait_until(lambda: all(map(sleeps, children)))
 
 
 def cousins() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from pathlib import Path
 
 from building import (
     ANON,
@@ -23,6 +22,7 @@ from building import (
     SHARED,
     Unable,
     advise,
+    contents,
     failed,
     fork,
     libc,
@@ -175,7 +175,7 @@ def hugetlb() -> None:
     """Hugetlb pages left out, which the kernel has in no RSS?"""
     import re
 
-    (size,) = re.findall(r"Hugepagesize: +(\d+) kB", Path("/proc/meminfo").read_text())
+    (size,) = re.findall(r"Hugepagesize: +(\d+) kB", contents("/proc/meminfo"))
     pages = int(size) * 1024 // PAGE
     private = map_memory(3 * pages * PAGE, ANON | MAP_HUGETLB)
     shared = map_memory(2 * pages * PAGE, SHARED | MAP_HUGETLB)
@@ -197,9 +197,9 @@ def mergeable(pages: int, kinds: int) -> int:
 
 
 def wait_for_scans() -> None:
-    scans = Path("/sys/kernel/mm/ksm/full_scans")
-    start = int(scans.read_text())
-    wait_until(lambda: int(scans.read_text()) >= start + 3, seconds=50)
+    scans = "/sys/kernel/mm/ksm/full_scans"
+    start = int(contents(scans))
+    wait_until(lambda: int(contents(scans)) >= start + 3, seconds=50)
 
 
 def ksm() -> None:

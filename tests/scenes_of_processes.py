@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 from building import (
     ANON,
@@ -19,14 +18,16 @@ from building import (
     advise,
     children,
     children_of,
+    contents,
     fork,
     libc,
     map_huge,
     map_memory,
     say_ready,
     share,
+    sleeps,
     stand_still,
-    state_of,
+    stat_of,
     touch,
     wait_until,
     write,
@@ -44,8 +45,8 @@ def shells() -> None:
         """All are there, and wait."""
         pids = [root, *children_of(root)]
         pids += children_of(pids[-1])
-        named = Path(f"/proc/{root}/cmdline").read_bytes().startswith(b"sh\0")
-        return len(pids) == 3 and named and all(state_of(pid) == b"S" for pid in pids)
+        named = contents(f"/proc/{root}/cmdline").startswith("sh\0")
+        return len(pids) == 3 and named and all(map(sleeps, pids))
 
     if os.fork() == 0:
         if os.fork() == 0:  # an orphan, which is not in the tree
@@ -155,10 +156,9 @@ def lone_thread() -> None:
     import threading
 
     write(map_memory(3 * MIB), range(640))
-    stat = Path(f"/proc/self/task/{os.getpid()}/stat")
 
     def tell_and_wait() -> None:
-        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        wait_until(lambda: stat_of(f"self/task/{os.getpid()}")[0] == "Z")
         say_ready()
         stand_still()
 
