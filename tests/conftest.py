@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import gc
 import json
 import os
 import pty
@@ -27,6 +28,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 MEMUSE = [sys.executable, str(ROOT / "memuse.py")]
+# Imported, for then Python keeps the compiled code.
+MACHINES = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})"]
+MACHINES[-1] += "; import machines; sys.exit(machines.main(*sys.argv[1:]))"
 sys.path.insert(0, str(ROOT))
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -44,6 +48,12 @@ ENVIRONMENT = {
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="reading page frames takes root")
 slow = pytest.mark.skipif(not os.environ.get("MEMUSE_SLOW"), reason="MEMUSE_SLOW=1 runs it")
+
+
+def pytest_collection_finish() -> None:
+    """What there is by now will stay: let Python not look it through for garbage time and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,7 +84,7 @@ def simulated(machine: str, *arguments: object, **options: Any) -> Result:
 
     For example "Refusing ENOENT kpageflags".
     """
-    return run([sys.executable, TESTS / "machines.py", machine, *arguments], **options)
+    return run([*MACHINES, machine, *arguments], **options)
 
 
 def inside(machine: Any, *arguments: object, **environment: str) -> Result:
@@ -307,8 +317,7 @@ def meanwhile(
 ) -> Result:
     """Run memuse, and act with its PID whenever it stops: "1 after:/proc/PID" (see Stopping)."""
     pipe, times = subprocess.PIPE, int(stops.split()[0])
-    command = [sys.executable, str(TESTS / "machines.py"), f"Stopping {stops}"]
-    command += map(str, arguments)
+    command = [*MACHINES, f"Stopping {stops}", *map(str, arguments)]
     options = {"stdout": pipe, "stderr": pipe, "env": ENVIRONMENT, **options}
     with subprocess.Popen(command, **options) as process:
         try:

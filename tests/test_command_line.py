@@ -156,7 +156,7 @@ def test_a_circle_of_parents_has_an_end() -> None:
 
 def test_no_such_process(ended_child: int) -> None:
     for pid in (ended_child, 10**17):
-        assert fails(memuse(pid)) == f"memuse: there is no process {pid}\n"
+        assert fails(inside(None, pid)) == f"memuse: there is no process {pid}\n"
 
 
 def incomplete(result: Result, *rows: int) -> str:
@@ -170,11 +170,11 @@ def incomplete(result: Result, *rows: int) -> str:
 def test_others_are_shown_beside_a_process_that_is_gone(ended_child: int) -> None:
     with ready(TREE, 1) as process:
         (child,) = psutil.Process(process.pid).children()
-        result = memuse("--json", ended_child, process.pid, 10**17)
+        result = inside(None, "--json", ended_child, process.pid, 10**17)
         assert incomplete(result, process.pid, child.pid) == (
             f"memuse: there is no process {ended_child}\nmemuse: there is no process {10**17}\n"
         )
-    line = fails(memuse(ended_child, 10**17))
+    line = fails(inside(None, ended_child, 10**17))
     assert line == f"memuse: there is no process {ended_child}; there is no process {10**17}\n"
 
 
@@ -220,8 +220,8 @@ def test_a_threads_id_is_told_with_its_process() -> None:
         tids = {thread.id for thread in psutil.Process(process.pid).threads()}
         (tid,) = tids - {process.pid}
         said = f"memuse: {tid} is a thread of process {process.pid}\n"
-        assert fails(memuse(tid)) == said
-        assert incomplete(memuse("--json", tid, other.pid), other.pid) == said
+        assert fails(inside(None, tid)) == said
+        assert incomplete(inside(None, "--json", tid, other.pid), other.pid) == said
         assert tree_of(process.pid) == [(process.pid, 0)]  # threads are no rows
 
 
@@ -231,7 +231,7 @@ def test_zombies_and_kernel_threads_are_rows_of_zeros() -> None:
         (child,) = psutil.Process(process.pid).children()
         kill(child.pid)
         for _ in range(10):
-            result = memuse("--json", process.pid, 2)
+            result = inside(None, "--json", process.pid, 2)
             if not result.stderr:  # else a kernel thread exited meanwhile
                 break
     assert (result.returncode, result.stderr) == (0, "")

@@ -17,6 +17,7 @@ import scenes
 from building import HUGE
 from conftest import (
     has_no_differences,
+    inside,
     measured,
     measured_apart,
     memuse,
@@ -359,7 +360,7 @@ def test_memuse_leaves_itself_out() -> None:
 def test_zombies_and_kernel_threads_are_rows_of_zeros(scene: Build) -> None:
     pid = scene("zombie")
     for _ in range(10):
-        result = memuse("--json", pid, 2)
+        result = inside(None, "--json", pid, 2)
         if not result.stderr:  # else a kernel thread exited meanwhile
             break
     assert (result.returncode, result.stderr) == (0, "")
@@ -406,6 +407,6 @@ while True:
 def test_children_that_end_while_they_are_read_are_no_failure() -> None:
     with ready(BRIEF) as process:
         for _ in range(5):
-            result = memuse("--json", process.pid)
+            result = inside(None, "--json", process.pid)
             assert result.returncode == 0
             assert json.loads(result.stdout)["skipped"] == []

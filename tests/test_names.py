@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, MIB, memuse, needs_root, python, ready, running, wait_for
+from conftest import ENVIRONMENT, MIB, inside, memuse, needs_root, python, ready, running, wait_for
 
 pytestmark = needs_root
 
@@ -107,7 +107,7 @@ def test_two_megabytes_of_arguments() -> None:
     text = b"A\x1b" * 65_000  # one argument is at most 128 KiB
     with shells([b"sh", *[text] * 14]) as (pid,):
         for form, lines in (((), 3), (("--json",), 1)):
-            result = memuse(*form, pid)
+            result = inside(None, *form, pid)
             assert (result.returncode, result.stderr) == (0, "")
             assert "\x1b" not in result.stdout
             assert result.stdout.count("\n") == lines
@@ -233,7 +233,7 @@ def test_a_program_executed_without_any_argument(tmp_path: Path) -> None:
     with ready(code, path) as process:
         wait_for(lambda: runs_a_shell(process.pid))
         wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
-        result = memuse(process.pid)
+        result = inside(None, process.pid)
     assert (result.returncode, result.stderr) == (0, "")
     check_harmless(result.stdout.encode(), "utf-8", 3)
     assert "[\\x1b[7m\\n\\u202e]" in result.stdout

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any, Callable
 
 import pytest
 import reference
 import scenes
-from conftest import fails, has_no_differences, measured, needs_root, simulated
+from conftest import fails, has_no_differences, inside, measured, needs_root, simulated
 
 pytestmark = [needs_root, pytest.mark.usefixtures("few_are_wrong")]
 Build = Callable[..., int]
@@ -68,15 +67,15 @@ def test_a_kernel_without_huge_pages_names_no_size_of_them(forked: int) -> None:
 # ---- What is refused, or missing ------------------------------------------------
 
 
-def test_a_kernel_that_refuses_to_open_pagemap_is_told_as_a_missing_right() -> None:
+def test_a_kernel_that_refuses_to_open_pagemap_is_told_as_a_missing_right(forked: int) -> None:
     """Linux 4.0 and 4.1 do not even open it without the capability."""
-    fails(simulated("Refusing EPERM pagemap", os.getpid()), "CAP_SYS_ADMIN", "sudo")
+    fails(inside("Refusing EPERM pagemap", forked), "CAP_SYS_ADMIN", "sudo")
 
 
 @pytest.mark.parametrize("names", ["pagemap smaps smaps_rollup", "kpageflags", "kpagecount"])
-def test_a_kernel_without_page_monitor_is_told_so(names: str) -> None:
+def test_a_kernel_without_page_monitor_is_told_so(names: str, forked: int) -> None:
     machine = f"Refusing ENOENT {names}"
-    fails(simulated(machine, os.getpid()), "CONFIG_PROC_PAGE_MONITOR")
-    free = simulated(machine, "-o", "pid,command", os.getpid())
+    fails(inside(machine, forked), "CONFIG_PROC_PAGE_MONITOR")
+    free = inside(machine, "-o", "pid,command", forked)
     assert (free.returncode, free.stderr) == (0, "")
     assert free.stdout.split()[0] == "PID"
