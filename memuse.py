@@ -37,7 +37,7 @@ import threading
 import time
 from bisect import bisect
 from collections import Counter, defaultdict
-from itertools import compress, count
+from itertools import chain, compress, count, groupby
 from operator import itemgetter, le
 from typing import NamedTuple
 
@@ -54,14 +54,12 @@ except ImportError as missing:
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, NoReturn, TextIO
 
-    Range = tuple[int, int]  # from a page up to, and without, another
+    Pair = tuple[int, int]
     Place = tuple[bytes | None, int]  # a file, or None for the address space; a group of pages
-    Record = tuple[int, int, int, int]  # of a frame; see Block.records()
     Row = dict[str, Any]  # a process or TOTAL, by column; what was not read, has no figure
-    KernelFigures = dict[str, int] | OSError | MemoryError | None
 
 __version__ = "2.0.0"
 
@@ -79,12 +77,10 @@ VANISHED = (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess)
 WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in native order
 
 # A pagemap entry (pagemap.rst).  Bits 0-54 hold the PFN, or swap type (0-4) and offset.
-# Physical addresses have 52 bits at the most, so a PFN has 40; no swap area has more slots.
-PFN_BYTES = 5
+PFN_BYTES = 5  # physical addresses have 52 bits at the most; no swap area has more slots
 PFN_MASK = (1 << 8 * PFN_BYTES) - 1
-# Swap types from here up are migration, poison, device and marker entries
-# (MAX_SWAPFILES, include/linux/swap.h).
-SWAP_TYPE_BITS, SWAP_TYPES = 5, 23
+SWAP_TYPE_BITS = 5
+SWAP_TYPES = 23  # from here up: migration, poison, device, markers (MAX_SWAPFILES, linux/swap.h)
 FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes first
 EXCLUSIVE, GUARD, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
 KPF_ANON, KPF_ZERO_PAGE = 1 << 12, 1 << 24  # in /proc/kpageflags (pagemap.rst)
@@ -94,7 +90,6 @@ MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no 
 PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
 ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
 FIRST_NAMESPACES = {0xEFFFFFFC, 0xEFFFFFFD}  # inodes: PID and user (include/linux/proc_ns.h)
-STAT_BYTES = 1 << 12  # more than /proc/PID/stat and smaps_rollup have
 
 # What an entry stands for.  ANON_EXCLUSIVE is anonymous memory mapped by one process alone, and
 # once: nobody else has the frame.  ANON_OR_DEVICE is other memory that is no file's: copy-on-write,
@@ -141,12 +136,10 @@ class Machine:
         finally:
             os.close(fd)
 
-    def read(self, path: str, directory: int | None = None, at_most: int = 0) -> bytes:
+    def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
         """A file's bytes; with `at_most`, what a single read of so many gives."""
-        with self.opened(path, directory) as fd:
-            if at_most:
-                return os.read(fd, at_most)
-            return b"".join(iter(functools.partial(os.read, fd, 1 << 16), b""))
+        with self.opened(path, directory) as fd, open(fd, "rb", 0, closefd=False) as file:
+            return file.read(at_most)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         return os.pread(fd, size, offset)
@@ -161,9 +154,9 @@ class Machine:
         except ProcessLookupError:
             return b""
         if self.byteorder == "big":
-            swapped = array.array("Q", words)
-            swapped.byteswap()
-            words = swapped.tobytes()
+            return struct.pack(
+                f"<{len(words) // WORD}Q", *struct.unpack(f">{len(words) // WORD}Q", words)
+            )
         return words
 
     def next_resident(self, pagemap: int, start: int, end: int) -> int:
@@ -171,13 +164,13 @@ class Machine:
 
         Just `start` where the kernel cannot tell.
         """
-        region, which = array.array("Q", [0, 0, 0]), PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-        size, vector = self.page_size, region.buffer_info()[0]
-        # struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages;
-        # category_inverted _mask _anyof_mask, return_mask
-        head = (12 * WORD, 0, start * size, end * size, 0, vector, 1, 1)
+        region, size = array.array("Q", [0, 0, 0]), self.page_size
+        # struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages; category_inverted
+        # _mask _anyof_mask, return_mask
+        argument = [12 * WORD, 0, start * size, end * size, 0, region.buffer_info()[0], 1, 1]
+        argument += [0, 0, *[PAGE_IS_PRESENT | PAGE_IS_SWAPPED] * 2]
         try:
-            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *head, 0, 0, which, which))
+            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *argument))
         except OSError:
             return start
         return region[0] // size if region[1] else end  # the kernel has filled in start and end
@@ -191,7 +184,7 @@ class Machine:
 
     def stat(self, pid: int, thread: str = "") -> Stat | None:
         with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
-            return parse_stat(self.read(f"{self.proc}/{pid}/{thread}stat", at_most=STAT_BYTES))
+            return parse_stat(self.read(f"{self.proc}/{pid}/{thread}stat"))
         return None
 
 
@@ -212,11 +205,16 @@ class Kernel:
     def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
         """PermissionError if frames may not be seen; it names the file that refuses."""
         self.machine = machine
-        zero_page = self._zero_page()
+        with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ) as page:
+            page.read(1)  # which is the zero page, since it was never written to
+            own = self.own_pfns(ANON_OR_DEVICE)
+        if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
+            path = f"{machine.proc}/self/pagemap"
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
         self.flags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
         self.counts = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
         # Some architectures have several in a row, and choose one by the address.
-        first = max(0, zero_page - 256)
+        first = max(0, next(pfn for pfn in own if self.has(pfn, KPF_ZERO_PAGE)) - 256)
         flags = unpack(machine.words(self.flags, first, 512))
         self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
         self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
@@ -227,20 +225,16 @@ class Kernel:
         packed = [struct.pack(f"<{self.pmd_pages}Q", *each) for each in words]
         self.ones, self.ramp = (int.from_bytes(each, "little") for each in packed)
 
-    def _zero_page(self) -> int:
-        """Its PFN, from a page of our own that we have only read."""
-        machine, path = self.machine, f"{self.machine.proc}/self/pagemap"
-        with open("/dev/zero", "rb") as file, machine.opened(path) as pagemap:
-            page = mmap.mmap(file.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ)
-            page.read(1)
-            maps = machine.read(f"{machine.proc}/self/maps")
-            mapping = re.search(rb"^([0-9a-f]+)-.* /dev/zero$", maps, re.M)
-            at = int(mapping[1], 16) // machine.page_size if mapping else 0
-            pfn = pfns_of(machine.words(pagemap, at, 1))[0]
-            page.close()
-        if not pfn:  # without CAP_SYS_ADMIN it opens, but shows none
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
-        return pfn
+    def own_pfns(self, kind: int) -> list[int]:
+        """The PFNs of all pages of memuse itself that are of this kind."""
+        machine, pfns = self.machine, list[int]()
+        vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
+        with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
+            for start, end in areas_of(vmas):
+                entries = machine.words(pagemap, start, end - start)
+                chosen = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[kind])
+                pfns += compress(pfns_of(entries), chosen)
+        return pfns
 
     def huge_entries(self, first: int) -> bytes:
         """The entries of a PMD-mapped huge page: the first's flags, and PFNs that go up by one."""
@@ -272,8 +266,9 @@ COLUMNS = {
     "command": ("COMMAND", "command line, drawn as a tree"),
 }
 FROM_PAGEMAP = {"frames", "unique", "size", "tree", "freed", "anon", "file", "swap"}
-FROM_ROLLUP, SUMS = {"rss", "pss", "uss"}, {"rss", "pss", "pte"}
-FIGURES = FROM_PAGEMAP | FROM_ROLLUP | SUMS
+ROLLUP = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}  # fields that begin so are added up
+SUMS = {"rss", "pss", "pte"}
+FIGURES = FROM_PAGEMAP | ROLLUP.keys() | SUMS
 SIZES, TEXTS = FIGURES - {"frames", "unique"}, {"user", "command"}
 IN_TABLE = ["pid", "frames", "unique", "size", "tree", "freed", "pss", "swap", "command"]
 IN_JSON = ["pid", "ppid", "depth", "frames", "unique", "size", "tree", "freed", "anon", "file"]
@@ -312,32 +307,24 @@ def parse_maps(maps: bytes, page_size: int) -> list[Vma]:
         if inode == b"0":
             file = None if name.startswith(ANONYMOUS) else name or None
         if start < VSYSCALL:
-            start //= page_size
-            vmas.append(Vma(start, end // page_size, int(offset, 16) // page_size - start, file))
+            start, end = start // page_size, end // page_size
+            vmas.append(Vma(start, end, int(offset, 16) // page_size - start if file else 0, file))
     return vmas
 
 
-def areas_of(vmas: list[Vma]) -> list[Range]:
+def areas_of(vmas: list[Vma]) -> list[Pair]:
     """Where anything is mapped; areas with less than a HOLE between them are one."""
-    areas: list[Range] = []
-    start = end = -HOLE
+    areas: list[Pair] = []
     for vma in vmas:
-        if vma.start - end >= HOLE:
-            areas.append((start, end))
-            start = vma.start
-        end = vma.end
-    return [*areas[1:], (start, end)]
+        near = areas and vma.start - areas[-1][1] < HOLE
+        areas.append((areas.pop()[0] if near else vma.start, vma.end))
+    return areas
 
 
-def files_of(vmas: list[Vma]) -> list[Vma]:
-    """The VMAs of files; where the file goes on as the addresses do, several are one."""
-    files: list[Vma] = []
-    for vma in vmas:
-        if vma.file:
-            if files and files[-1][1:] == (vma.start, vma.shift, vma.file):
-                vma = Vma(files.pop().start, *vma[1:])
-            files.append(vma)
-    return files
+def joined(vmas: list[Vma]) -> list[Vma]:
+    """The same, neighbours as one if they are anonymous, or one file's that goes on likewise."""
+    runs = [[*run] for _, run in groupby(vmas, itemgetter(2, 3))]
+    return [run[0]._replace(end=run[-1].end) for run in runs]
 
 
 def size_of(name: bytes, text: bytes) -> int:
@@ -359,10 +346,6 @@ class Stat(NamedTuple):
     def is_same(self, other: Stat) -> bool:
         """Whether both are of one process, which did not call exec between them."""
         return (self.started, self.image) == (other.started, other.image)
-
-    def is_exiting(self) -> bool:
-        """Tearing down its mm, which can take long, and not a zombie yet."""
-        return bool(self.flags & PF_EXITING) and self.threads == 1 and self.state not in ENDED
 
 
 def parse_stat(text: bytes) -> Stat:
@@ -491,90 +474,86 @@ def cgroup_members(machine: Machine, path: str) -> set[int]:
 
 # ---- Reading a process --------------------------------------------------------------------------
 
-MAX_READ, MIN_READ = 1 << 15, 1 << 9  # entries at a time: few where memory is sparse
-READ_WHOLE = 1 << 13  # pages that are read without a look for what is resident
-LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
+SPAN = 1 << 13  # pages read at a time; what is larger is searched for what is resident
 
 
-class Pages:
-    """The page tables of one process: what is private is counted, what others may have is kept.
+class Process:
+    """One process, read whole: nothing of it is counted before.
 
     EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have its first
     page's bit (before Linux 6.11, and seen again in 6.18), while others may have its other
     pages, having copied or given up the first after a fork.  So these are kept apart.
     """
 
-    def __init__(self, kernel: Kernel, vmas: list[Vma]) -> None:
-        self.kernel = kernel
-        self.files = files_of(vmas)
+    def __init__(self, stat: Stat, row: Row, unread: str | None = None) -> None:
+        self.stat, self.row = stat, row
+        self.unread = unread  # why its memory could not be read
         self.private = 0  # ANON_EXCLUSIVE frames, but for those of `huge`
-        self.huge: list[Range] = []  # PMD-mapped and ANON_EXCLUSIVE: first page, and its entry
-        self.pieces: list[tuple[int, bytes]] = []  # first pages, and entries from there on
+        self.huge: list[Pair] = []  # PMD-mapped and ANON_EXCLUSIVE: first page, and its entry
+        # What others may have: a VMA, a page in it, and the entries from there on.
+        self.pieces: list[tuple[Vma, int, bytes]] = []
+        self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
         self.sibling: int | None = None  # the last row before that shares the address space
 
-    def add(self, start: int, entries: bytes) -> None:
+    def add(self, kernel: Kernel, vmas: list[Vma], start: int, entries: bytes) -> None:
         """Take in the entries from page `start` on, which cut no huge page."""
-        entries = self._without_huge(start, entries)
+        entries = self._without_huge(kernel, start, entries)
         kinds = entries[FLAGS::WORD].translate(KINDS)
-        self.private += kinds.count(ANON_EXCLUSIVE)
+        at = kinds.find(ANON_EXCLUSIVE)
+        if at >= 0:
+            self.private += kinds.count(ANON_EXCLUSIVE)
+            self.witness = self.witness or (start + at, pfns_of(entries[at * WORD :][:WORD])[0])
         shareable = kinds.translate(SHAREABLE)
-        first = shareable.find(0x80)
-        while first >= 0:
-            stop = first + LANES - (start + first) % LANES
-            end = shareable.rfind(0x80, first, stop) + 1
-            self.pieces.append((start + first, entries[first * WORD : end * WORD]))
-            first = shareable.find(0x80, stop)
+        low, high = bisect(vmas, (start + 1,)), bisect(vmas, (start + len(kinds),))
+        for vma in vmas[max(0, low - 1) : high]:
+            first, end = max(0, vma.start - start), max(0, vma.end - start)
+            first, end = shareable.find(0x80, first, end), shareable.rfind(0x80, first, end) + 1
+            if end:
+                self.pieces.append((vma, start + first, entries[first * WORD : end * WORD]))
 
-    def _without_huge(self, start: int, entries: bytes) -> bytes:
+    def _without_huge(self, kernel: Kernel, start: int, entries: bytes) -> bytes:
         """The entries but those of private huge pages, which are noted, and huge zero pages."""
-        pages = self.kernel.pmd_pages
+        pages = kernel.pmd_pages
         size, left = pages * WORD, None
         for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
             entry = int.from_bytes(entries[at : at + WORD], "little")
             pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
-            if pfn % pages or entries[at : at + size] != self.kernel.huge_entries(entry):
+            if pfn % pages or entries[at : at + size] != kernel.huge_entries(entry):
                 continue
             if kind == ANON_EXCLUSIVE:
                 self.huge.append((start + at // WORD, entry))
-            elif kind == NOTHING or not self.kernel.has(pfn, KPF_ZERO_PAGE):
+                self.witness = self.witness or (start + at // WORD, pfn)
+            elif kind == NOTHING or not kernel.has(pfn, KPF_ZERO_PAGE):
                 continue
             left = left or bytearray(entries)
             left[at : at + size] = bytes(size)
         return bytes(left) if left else entries
 
 
-class Process(NamedTuple):
-    """What was read of a process."""
-
-    stat: Stat
-    row: Row
-    pages: Pages | None = None
-    unread: str | None = None  # why its memory could not be read
-
-
 class Reader:
-    """Reads processes, one after the other, each whole: nothing of it is counted before."""
+    """Reads processes, one after the other."""
 
     def __init__(
         self, machine: Machine, kernel: Kernel | None, columns: set[str], progress: Progress
     ) -> None:
         self.machine, self.kernel, self.columns = machine, kernel, columns
         self.progress = progress
-        # Each row's first ANON_EXCLUSIVE page, and its PFN: the row, and its pagemap's path.
-        self.witnesses: dict[Range, tuple[int, str]] = {}
+        # By witness: the last row that has it, and its pagemap's path.
+        self.witnesses: dict[Pair, tuple[int, str]] = {}
 
     def read(self, number: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
         for _ in range(3):
-            try:
+            with contextlib.suppress(*VANISHED):
                 return self._read(number, node)
-            except VANISHED:
-                stat = self.machine.stat(node.pid)
-                if not stat or stat.started != node.stat.started or stat.is_exiting():
-                    return None
-                node = node._replace(stat=stat)
-        row: Row = {"pid": node.pid, "command": command_line(b"", node.stat.name)}
-        return Process(node.stat, row, unread="it changed whenever it was read")
+            stat = self.machine.stat(node.pid)
+            if not stat or stat.started != node.stat.started:
+                return None
+            if stat.flags & PF_EXITING and stat.threads == 1 and stat.state not in ENDED:
+                return None  # it tears down its mm, which can take long; no zombie yet
+            node = node._replace(stat=stat)
+        row = {"pid": node.pid, "command": command_line(b"", node.stat.name)}
+        return Process(node.stat, row, "it changed whenever it was read")
 
     def _read(self, number: int, node: Node) -> Process:
         """Raises one of VANISHED if it ends or calls exec.
@@ -582,63 +561,51 @@ class Reader:
         Its files are opened by way of one descriptor of its directory, between two looks at its
         stat.  So they belong to one process and to one mm, and are empty once that is gone.
         """
-        machine, cmdline, pages, unread = self.machine, b"", None, None
-        row: Row = {"pid": node.pid, "ppid": node.stat.ppid}
+        machine, columns, cmdline = self.machine, self.columns, b""
+        process = Process(node.stat, {"pid": node.pid, "ppid": node.stat.ppid})
         with machine.opened(f"{machine.proc}/{node.pid}") as directory:
-            if "command" in self.columns:
+            if "command" in columns:
                 with contextlib.suppress(PermissionError):
                     cmdline = machine.read("cmdline", directory, COMMAND_LIMIT + 1)
-                row["command"] = command_line(cmdline, node.stat.name)
-            if "user" in self.columns:
-                row["user"] = psutil.Process(node.pid).username()
-            if "pte" in self.columns:
-                row["pte"] = size_of(b"VmPTE", machine.read("status", directory))
+                process.row["command"] = command_line(cmdline, node.stat.name)
+            if "user" in columns:
+                process.row["user"] = psutil.Process(node.pid).username()
+            if "pte" in columns:
+                process.row["pte"] = size_of(b"VmPTE", machine.read("status", directory))
             thread = living_thread(machine, node)
             if self.kernel and thread is not None:
                 try:
-                    pages = self._pages(self.kernel, number, node.pid, thread, directory)
+                    self._read_pages(self.kernel, number, process, thread, directory)
                 except PermissionError as error:
-                    unread = reason(error)
-            if not parse_stat(machine.read("stat", directory, STAT_BYTES)).is_same(node.stat):
+                    process.unread = reason(error)
+            if not parse_stat(machine.read("stat", directory)).is_same(node.stat):
                 raise ProcessLookupError
-        return Process(node.stat, row, pages, unread)
+        return process
 
-    def _pages(self, kernel: Kernel, row: int, pid: int, thread: str, directory: int) -> Pages:
-        machine, witness = self.machine, None
+    def _read_pages(
+        self, kernel: Kernel, number: int, process: Process, thread: str, directory: int
+    ) -> None:
+        machine, size = self.machine, max(SPAN, kernel.pmd_pages)
         with machine.opened(f"{thread}pagemap", directory) as pagemap:
             vmas = parse_maps(machine.read(f"{thread}maps", directory), machine.page_size)
-            pages = Pages(kernel, vmas)
-            for start, end in self._spans(areas_of(vmas), pagemap, max(MIN_READ, kernel.pmd_pages)):
-                entries = machine.words(pagemap, start, end - start)
-                if len(entries) != (end - start) * WORD:
-                    raise ProcessLookupError
-                self.progress(row - 1, end - start)
-                if not witness:
-                    at = entries[FLAGS::WORD].translate(KINDS).find(ANON_EXCLUSIVE)
-                    if at >= 0:  # true of a huge page's first page, too
-                        witness = start + at, pfns_of(entries[at * WORD : (at + 1) * WORD])[0]
-                        pages.sibling = self._find_vm_sibling(witness, pagemap)
-                pages.add(start, entries)
-        if witness:
-            self.witnesses[witness] = row, f"{machine.proc}/{pid}/{thread}pagemap"
-        return pages
+            files = joined(vmas)
+            for start, end in areas_of(vmas):
+                while start < end:
+                    if end - start > size:
+                        start = machine.next_resident(pagemap, start, end)
+                    stop = min((start // size + 1) * size, end)
+                    entries = machine.words(pagemap, start, stop - start)
+                    if len(entries) != (stop - start) * WORD:
+                        raise ProcessLookupError
+                    process.add(kernel, files, start, entries)
+                    self.progress(number - 1, stop - start)
+                    start = stop
+            if process.witness:
+                process.sibling = self._find_vm_sibling(process.witness, pagemap)
+                path = f"{machine.proc}/{process.row['pid']}/{thread}pagemap"
+                self.witnesses[process.witness] = number, path
 
-    def _spans(self, areas: list[Range], pagemap: int, unit: int) -> Iterator[Range]:
-        """Spans of pages with all that is resident and little else; no unit of pages is cut."""
-        for start, last in areas:
-            size = unit
-            while start < last:
-                begin, end = start, last
-                if last - start > READ_WHOLE:
-                    begin = self.machine.next_resident(pagemap, start, last)
-                    size = min(2 * size, max(MAX_READ, unit)) if begin == start else unit
-                    if last - begin > READ_WHOLE:
-                        end = min((begin + size) // unit * unit, last)
-                if begin < last:
-                    yield begin, end
-                start = end
-
-    def _find_vm_sibling(self, witness: Range, pagemap: int) -> int | None:
+    def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int | None:
         """The last row that has the same ANON_EXCLUSIVE frame there now (CLONE_VM, vfork)."""
         row, path = self.witnesses.get(witness, (None, ""))
         if row:
@@ -668,13 +635,12 @@ def living_thread(machine: Machine, node: Node) -> str | None:
     return None
 
 
-def kernel_figures(machine: Machine, node: Node) -> KernelFigures:
+def kernel_figures(machine: Machine, node: Node) -> dict[str, int] | Exception | None:
     """RSS, PSS and USS from smaps_rollup; None if it exited or called exec meanwhile."""
     try:
         thread, text = living_thread(machine, node), b""
         if thread is not None:
-            path = f"{machine.proc}/{node.pid}/{thread}smaps_rollup"
-            text = machine.read(path, at_most=STAT_BYTES)
+            text = machine.read(f"{machine.proc}/{node.pid}/{thread}smaps_rollup")
         stat = machine.stat(node.pid)
     except VANISHED:
         return None
@@ -682,17 +648,18 @@ def kernel_figures(machine: Machine, node: Node) -> KernelFigures:
         return error  # a value: in a thread there is nobody to catch it
     if not stat or not stat.is_same(node.stat) or (thread is not None and not text):
         return None
-    fields = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}
-    return {name: size_of(field, text) for name, field in fields.items()}
+    return {name: size_of(field, text) for name, field in ROLLUP.items()}
 
 
 # ---- Counting -----------------------------------------------------------------------------------
 
 NOBODY = -1  # instead of a row
-ANON, FILE, SLOT = range(3)  # the kinds of what is counted: frames, and swap slots
 # Marks of PFNs: no memory; in a private huge page; known one by one; others are of Blocks.
 UNREAL, CLAIMED, SINGLE, *OF_BLOCKS = range(1, 256)
-MARKS_GROWTH = 1 << 20  # so many marks are added at a time
+MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked through, at a time
+GAP = 64  # PFNs without marks; fewer cost less to read over than another call
+MARKED = re.compile(rb"[^\0]+(?:\0{1,%d}[^\0]+)*" % GAP)
+LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 FEW = 16  # so many pages take less memory one by one than in a Block
 MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
 SINGLES = 1 << 6  # PFNs to an array of single frames
@@ -751,12 +718,13 @@ class Block:
             lanes &= ~differ
         return lanes
 
-    def enter(self, row: int, planes: list[int], lanes: int) -> None:
-        """Know these PFNs, of a row, in lanes not known before."""
+    def enter(self, row: int, planes: list[int], lanes: int, seen: dict[int, int]) -> None:
+        """Know these PFNs, which the row has first, in lanes not known before."""
         fill = filled(lanes)
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.known |= lanes
         self.first[row] = self.first.get(row, 0) | lanes
+        seen[NOBODY] += how_many(lanes)
 
     def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
         """The row has the frames in these lanes; add to `seen` which rows had them last."""
@@ -765,19 +733,21 @@ class Block:
                 self.mapped.append(0)
             self.additions += 1
             self.mapped[-1] += lanes >> 7
-        new = left = lanes & ~self.last.get(row, 0)  # what the row has already, it maps twice
-        for other, theirs in [*self.last.items()]:
-            both = theirs & left
+        own = self.last.pop(row, 0)  # what the row has already, it maps twice
+        others, self.last = self.last, {row: own | lanes}
+        for other, theirs in others.items():
+            both = theirs & lanes
             if both:
                 seen[other] += how_many(both)
-                left ^= both
+            if both != theirs:
                 self.last[other] = theirs ^ both
-                if both == theirs:
-                    del self.last[other]
-        if left:
-            seen[NOBODY] += how_many(left)
-        if new:
-            self.last[row] = self.last.get(row, 0) | new
+
+    def by_rows(self) -> Iterator[tuple[int, int, int]]:
+        """First row, last row, and the lanes with frames that have both."""
+        for first, these in self.first.items():
+            for last, those in self.last.items():
+                if these & those:
+                    yield first, last, these & those
 
     def pfns(self) -> list[int]:
         """A PFN for each lane up to the last one known; where none is known, that of none."""
@@ -793,16 +763,6 @@ class Block:
         sums = [as_bytes(mapped).ljust(size, b"\0") for mapped in self.mapped]
         return [*sums[0]] if len(sums) == 1 else [*map(sum, zip(bytes(size), *sums))]
 
-    def records(self) -> Iterator[Record]:
-        """Of each frame known: PFN, first row, last row, and how often the set maps it."""
-        known = as_bytes(self.known)
-        rows = [NOBODY] * len(known), [NOBODY] * len(known)
-        for found, by_row in zip(rows, (self.first, self.last)):
-            for row, lanes in by_row.items():
-                for lane in compress(count(), as_bytes(lanes)):
-                    found[lane] = row
-        return compress(zip(self.pfns(), *rows, self.mappings()), known)
-
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes known that are mapped at most as often as the set maps them."""
         there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
@@ -810,39 +770,44 @@ class Block:
 
 
 class Ledger:
-    """Frames that may be shared, or swap slots of one type by their offsets, each counted once.
+    """Counts frames of anonymous memory, or of files, or the slots of a swap area, each once.
 
-    A frame is entered in a Block, at the place where it is first met: an address, or a page of
-    a file.  There, forked processes and processes that map a file have the same.  This is exact
-    because a PFN is known at one place only: `marks` tells which are known.  If it is met
-    elsewhere (KSM, mremap), all of its Block's frames become single, known one by one by their
-    PFNs.  So are frames at a place where others are known (copies that grandchildren share).
+    A frame that may be shared is entered in a Block, at the place where it is first met: an
+    address, or a page of a file.  There, forked processes and processes that map a file have the
+    same.  This is exact because a PFN is known at one place only: `marks` tells which are known.
+    If it is met elsewhere (KSM, mremap), all of its Block's frames become single, known one by
+    one by their PFNs.  So are frames at a place where others are known (copies that grandchildren
+    share).  A swap slot's number in its area stands for a PFN.
 
     Rows come depth first.  Of each frame, the first and the last row that had it are known: their
     lowest common ancestor is that of all that have it.  The next row that comes with it and the
     last are a pair that has it in common.
     """
 
-    def __init__(self, kernel: Kernel | None = None) -> None:
+    def __init__(self, parents: list[int], kernel: Any = None) -> None:
         """With a kernel for frames, without one for swap slots."""
-        self.kernel: Any = kernel
+        self.parents, self.kernel = parents, kernel
         self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each PFN; see _reach()
         self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
-        self.by_mark: dict[int, dict[Place, Block]] = defaultdict(dict)
+        self.marked: dict[int, list[Place]] = defaultdict(list)  # places of Blocks by their mark
         # By PFN // SINGLES: first row, last row and number of mappings of each, interleaved.
         self.singles: dict[int, array.array[int]] = {}
-        self.claims: dict[int, Range] = {}  # private huge pages: first PFN; first and last row
+        self.claims: dict[int, Pair] = {}  # by first PFN of huge pages: first, last row
+        # By row: the first and the last row that share its address space, and how many private
+        # frames that has; siblings have the same list.
+        self.spaces: dict[int, list[int]] = {}
+        # By row: what it has; what no row above has; and, until add_up(), what is to be summed
+        # over subtrees.
+        self.own, self.new, self.below, self.freed = ([0] * len(parents) for _ in range(4))
         for pfn in kernel.zero_pages if kernel else ():
             self._reach(pfn)
             self.marks[pfn] = UNREAL
 
-    def begin(self, row: int, sibling: int | None = None) -> None:
+    def begin(self, row: int, sibling: int | None) -> None:
         """A row comes; the kernel has the mappings of siblings only once."""
         self.row, self.sibling = row, sibling
-        # By kind: how many frames the row has in common with which row, the last before it; and
-        # PFNs that it has away from their Blocks.
-        self.seen: list[dict[int, int]] = [defaultdict(int), defaultdict(int)]
-        self.astray: list[list[int]] = [[], []]
+        self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
+        self.astray: list[int] = []  # PFNs that it has away from their Blocks
 
     def _reach(self, pfn: int) -> None:
         """Have marks for PFNs up to this one."""
@@ -852,165 +817,129 @@ class Ledger:
     def is_known(self, pfn: int) -> bool:
         return pfn < len(self.marks) and self.marks[pfn] != 0
 
-    def add(
-        self, file: bytes | None, page: int, entries: bytes, chosen: bytes, first: int, end: int
-    ) -> None:
-        """Take in the row's entries from `first` up to `end` that `chosen` marks by 0x80.
+    def marked_runs(self) -> Iterator[Pair]:
+        """First PFN and length of runs of PFNs that are known, with short gaps."""
+        for start in range(0, len(self.marks), MARKS_PART):
+            part = self.marks[start : start + MARKS_PART]
+            for run in MARKED.finditer(part) if part != bytes(MARKS_PART) else ():
+                yield start + run.start(), len(run[0])
 
-        Entry 0 is at this page of the file, or of the address space if that is None.
-        """
-        low = chosen.find(0x80, first, end)
+    def add_private(self, frames: int, huge: list[Pair]) -> None:
+        """Take in private frames, which siblings have in common, and private huge pages."""
+        space = self.spaces[self.row] = self.spaces.get(self.sibling or 0) or [self.row] * 2 + [0]
+        first, last, known = space
+        self.seen[last] += min(frames, known)
+        self.seen[NOBODY] += frames - min(frames, known)
+        space[:] = first, self.row, max(frames, known)
+        size = self.kernel.pmd_pages
+        for page, entry in huge:  # as a whole, if nobody else has any of it
+            pfn = entry & PFN_MASK
+            self._reach(pfn + size - 1)
+            marks = self.marks[pfn : pfn + size]
+            if not any(marks):
+                self.marks[pfn : pfn + size] = bytes([CLAIMED]) * size
+                self.claims[pfn] = self.row, self.row
+                self.seen[NOBODY] += size
+            elif marks.count(CLAIMED) == size and self.claims[pfn][1] == self.sibling:
+                self.claims[pfn] = self.claims[pfn][0], self.row
+                self.seen[self.sibling] += size
+            else:
+                self.add(None, page, self.kernel.huge_entries(entry), b"\x80" * size)
+
+    def add(self, file: bytes | None, page: int, entries: bytes, chosen: bytes) -> None:
+        """Take in the row's entries that `chosen` marks by 0x80, which begin at this page."""
+        low = chosen.find(0x80)
         while low >= 0:
             group, lane = divmod(page + low, LANES)
-            stop = min(low - lane + LANES, end)
+            stop = low - lane + LANES
             high = chosen.rfind(0x80, low, stop) + 1
-            part = entries[low * WORD : high * WORD]
-            self._add_group((file, group), lane, part, chosen[low:high])
-            low = chosen.find(0x80, stop, end)
+            part, left, place = entries[low * WORD : high * WORD], chosen[low:high], (file, group)
+            block = self.blocks.get(place)
+            if not block and place not in self.blocks and left.count(0x80) > FEW:
+                block = self.blocks[place] = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
+                self.marked[block.mark].append(place)
+            if block:
+                left = self._add_to(block, lane, part, left)
+                if max(len(block.first), len(block.last)) > MAX_ROWS:
+                    self._dissolve(place)
+            if left:
+                self._look_at(self._pfns(part, left))
+            low = chosen.find(0x80, stop)
 
-    def _add_group(self, place: Place, lane: int, entries: bytes, chosen: bytes) -> None:
-        """The same for entries of one group, from a lane on."""
-        kind = ANON if place[0] is None else FILE
-        block = self.blocks.get(place)
-        if not block:
-            if place in self.blocks or chosen.count(0x80) <= FEW:
-                self._look_at(kind, list(compress(pfns_of(entries), chosen)))
-                return
-            block = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
-            self.blocks[place] = self.by_mark[block.mark][place] = block
+    def _add_to(self, block: Block, lane: int, entries: bytes, chosen: bytes) -> bytes:
+        """Take in what a Block knows or can know, from a lane on.  Returns what is left."""
         up = 8 * lane
         planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
         lanes = int.from_bytes(chosen, "little") << up
-        here, fresh = block.same(planes, lanes), lanes & ~block.known
-        new = self._mark_new(block.mark, entries, fresh >> up) << up if fresh else 0
-        if new:
-            block.enter(self.row, planes, new)
-        if here | new:
-            block.see(self.row, here | new, self.seen[kind], mapped=self.sibling is None)
-        if max(len(block.first), len(block.last)) > MAX_ROWS:
-            self._dissolve(place, block)
-        elsewhere = (lanes & ~(here | new)) >> up
-        if elsewhere:
-            self._look_at(kind, list(compress(pfns_of(entries), as_bytes(elsewhere))))
+        here, fresh = block.same(planes, lanes), as_bytes((lanes & ~block.known) >> up)
+        if fresh:
+            new, marks = bytearray(fresh), self.marks
+            for at, pfn in zip(compress(count(), fresh), self._pfns(entries, fresh)):
+                if marks[pfn]:
+                    new[at] = 0
+                else:
+                    marks[pfn] = block.mark
+            if any(new):
+                entered = int.from_bytes(new, "little") << up
+                block.enter(self.row, planes, entered, self.seen)
+                here |= entered
+        if here:
+            block.see(self.row, here, self.seen, self.sibling is None)
+        return as_bytes((lanes ^ here) >> up)
 
-    def _mark_new(self, mark: int, entries: bytes, lanes: int) -> int:
-        """Mark the PFNs in these lanes that nobody had, and return their lanes."""
-        chosen = as_bytes(lanes)
+    def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
+        """The PFNs of entries that are chosen, of which there is one."""
         pfns = list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
         self._reach(max(pfns))
-        marks, left = self.marks, iter(pfns)
-        for pfn in left:  # the usual case, and the loop that costs most
-            if marks[pfn]:
-                break
-            marks[pfn] = mark
-        else:
-            return lanes
-        rest = [pfn, *left]
-        new = bytearray(chosen)
-        for at, pfn in zip([*compress(count(), chosen)][-len(rest) :], rest):
-            if marks[pfn]:
-                new[at] = 0
-            else:
-                marks[pfn] = mark
-        return int.from_bytes(new, "little")
+        return pfns
 
-    def _look_at(self, kind: int, pfns: list[int]) -> None:
+    def _look_at(self, pfns: list[int]) -> None:
         """Take in the row's frames one by one; those of Blocks wait until finish()."""
-        self._reach(max(pfns))
-        row, mappings, marks = self.row, int(self.sibling is None), self.marks
-        singles, seen, astray = self.singles, self.seen[kind], self.astray[kind]
+        row, marks, singles, once = self.row, self.marks, self.singles, self.sibling is None
         for pfn in pfns:
             mark = marks[pfn]
             if mark > SINGLE:
-                astray.append(pfn)
+                self.astray.append(pfn)
             elif mark != UNREAL:
                 if mark == CLAIMED:
-                    huge = pfn - pfn % self.kernel.pmd_pages
-                    self._make_single([(pfn, *self.claims[huge], 1)])
+                    self._make_single(pfn, *self.claims[pfn - pfn % self.kernel.pmd_pages], 1)
                 elif mark != SINGLE:
-                    self._make_single([(pfn, row, NOBODY, 0)])
+                    self._make_single(pfn, row, NOBODY, 0)
                 frames, at = singles[pfn // SINGLES], pfn % SINGLES * 3
                 last = frames[at + 1]
                 if last != row:
-                    seen[last] += 1
+                    self.seen[last] += 1
                     frames[at + 1] = row
-                frames[at + 2] += mappings
+                frames[at + 2] += once
 
-    def _make_single(self, records: Iterable[Record]) -> None:
-        """Know these frames one by one."""
-        for pfn, *record in records:
-            self.marks[pfn] = SINGLE
-            if pfn // SINGLES not in self.singles:
-                self.singles[pfn // SINGLES] = array.array("i", bytes(12 * SINGLES))
-            at = pfn % SINGLES * 3
-            self.singles[pfn // SINGLES][at : at + 3] = array.array("i", record)
+    def _make_single(self, pfn: int, *record: int) -> None:
+        """Know a frame by itself: its first row, its last row, and how often the set maps it."""
+        self.marks[pfn] = SINGLE
+        if pfn // SINGLES not in self.singles:
+            self.singles[pfn // SINGLES] = array.array("i", bytes(12 * SINGLES))
+        at = pfn % SINGLES * 3
+        self.singles[pfn // SINGLES][at : at + 3] = array.array("i", record)
 
-    def _dissolve(self, place: Place, block: Block) -> None:
-        """Have a Block's frames single."""
-        self._make_single(block.records())
-        self.blocks[place] = None
-        del self.by_mark[block.mark][place]
-
-    def claim(self, page: int, entry: int) -> None:
-        """Take in a private huge page of the row: as a whole, if nobody else has any of it."""
-        first, size = entry & PFN_MASK, self.kernel.pmd_pages
-        self._reach(first + size - 1)
-        marks = self.marks[first : first + size]
-        if not any(marks):
-            self.marks[first : first + size] = bytes([CLAIMED]) * size
-            self.claims[first] = self.row, self.row
-            self.seen[ANON][NOBODY] += size
-        elif marks.count(CLAIMED) == size and self.claims[first][1] == self.sibling:
-            self.claims[first] = self.claims[first][0], self.row
-            self.seen[ANON][self.sibling] += size
-        else:
-            self.add(None, page, self.kernel.huge_entries(entry), b"\x80" * size, 0, size)
+    def _dissolve(self, place: Place) -> None:
+        """Have the frames of a Block single, if it is there still."""
+        block, self.blocks[place] = self.blocks[place], None
+        if block:
+            pfns, mappings = block.pfns(), block.mappings()
+            for first, last, lanes in block.by_rows():
+                for lane in compress(count(), as_bytes(lanes)):
+                    self._make_single(pfns[lane], first, last, mappings[lane])
 
     def finish(self) -> None:
         """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
-        for kind, pfns in enumerate(self.astray):
-            for mark in {self.marks[pfn] for pfn in pfns} - {SINGLE}:
-                of_mark = {pfn for pfn in pfns if self.marks[pfn] == mark}
-                for place, block in [*self.by_mark[mark].items()]:
-                    if not of_mark.isdisjoint(compress(block.pfns(), as_bytes(block.known))):
-                        self._dissolve(place, block)
-            if pfns:
-                self._look_at(kind, pfns)
-
-
-class Census:
-    """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
-
-    def __init__(self, kernel: Kernel, nodes: list[Node]) -> None:
-        self.kernel = kernel
-        self.parents = [0, *(node.parent for node in nodes)]
-        self.frames = Ledger(kernel)
-        self.slots: dict[int, Ledger] = {}  # by swap type
-        # By row: the first and the last row that share its address space, and how many private
-        # frames that has; siblings have the same list.
-        self.spaces: dict[int, list[int]] = {}
-        # By row, in frames and slots.  Until add_up(), `below` and `freed` are what is to be
-        # summed over subtrees.
-        self.unique, self.freed, *lists = ([0] * len(self.parents) for _ in range(8))
-        self.own, self.below = lists[:3], lists[3:]  # by kind
-
-    def count(self, row: int, pages: Pages) -> None:
-        """Count what one process has."""
-        for ledger in (self.frames, *self.slots.values()):
-            ledger.begin(row, pages.sibling)
-        self._count_private(row, pages)
-        for start, entries in pages.pieces:
-            self._count_piece(start, entries, pages.files)
-        for ledger in (self.frames, *self.slots.values()):
-            ledger.finish()
-        self.unique[row] = sum(seen[NOBODY] for seen in self.frames.seen)
-        slots = [(SLOT, ledger.seen[ANON]) for ledger in self.slots.values()]
-        for kind, seen in (*enumerate(self.frames.seen), *slots):
-            self.own[kind][row] += sum(seen.values())
-            self.below[kind][row] += sum(seen.values())
-            for other, number in seen.items():
-                if other != NOBODY:
-                    self.below[kind][self._common_ancestor(other, row)] -= number
+        for mark in {self.marks[pfn] for pfn in self.astray} - {SINGLE}:
+            for place in self.marked.pop(mark):  # seldom more than one: there are 252 marks
+                self._dissolve(place)
+        self._look_at([*self.astray])
+        self.new[self.row] = self.seen.pop(NOBODY, 0)
+        self.own[self.row] = self.new[self.row] + sum(self.seen.values())
+        self.below[self.row] += self.own[self.row]
+        for other, number in self.seen.items():
+            self.below[self._common_ancestor(other, self.row)] -= number
 
     def _common_ancestor(self, one: int, other: int) -> int:
         """The lowest row above both, or either itself; a subtree is an interval of rows."""
@@ -1019,147 +948,127 @@ class Census:
             row = self.parents[row]
         return row
 
-    def _count_private(self, row: int, pages: Pages) -> None:
-        """Private memory is the row's own, or common to all siblings."""
-        space = self.spaces[row] = self.spaces.get(pages.sibling or 0) or [row, row, 0]
-        first, last, private = space
-        common = min(private, pages.private)
-        self.frames.seen[ANON][last] += common
-        self.frames.seen[ANON][NOBODY] += pages.private - common
-        space[:] = first, row, max(private, pages.private)
-        for page, entry in pages.huge:
-            self.frames.claim(page, entry)
-
-    def _count_piece(self, start: int, entries: bytes, files: list[Vma]) -> None:
-        """Take in what others may have: what is a file's by its place there, else by address."""
-        kinds = entries[FLAGS::WORD].translate(KINDS)
-        shared = kinds.translate(EQUALS[ANON_OR_DEVICE]) if ANON_OR_DEVICE in kinds else b""
-        of_file = kinds.translate(EQUALS[FILE_PAGE]) if FILE_PAGE in kinds else b""
-        add, size, past = self.frames.add, len(kinds), 0  # past: so far, pages of files are in
-        for at in range(max(0, bisect(files, (start,)) - 1), len(files)):
-            vma = files[at]
-            if vma.start >= start + size:
-                break
-            first, end = max(past, vma.start - start), min(vma.end - start, size)
-            if first < end:
-                add(b"", start, entries, of_file, past, first)
-                add(vma.file, start + vma.shift, entries, of_file, first, end)
-                shared = self._without_devices(entries, shared, first, end)
-                past = end
-        add(b"", start, entries, of_file, past, size)
-        add(None, start, entries, shared, 0, size)
-        if IN_SWAP in kinds:
-            self._count_swapped(start, entries, kinds.translate(EQUALS[IN_SWAP]))
-
-    def _without_devices(self, entries: bytes, chosen: bytes, first: int, end: int) -> bytes:
-        """Leave out a device's memory in a file's VMA; what else is no file's there are copies."""
-        if chosen.find(0x80, first, end) >= 0:
-            pfns = pfns_of(entries[first * WORD : end * WORD])
-            for at, pfn in compress(enumerate(pfns, first), chosen[first:end]):
-                if not (self.frames.is_known(pfn) or self.kernel.has(pfn, KPF_ANON)):
-                    chosen = chosen[:at] + b"\0" + chosen[at + 1 :]
-        return chosen
-
-    def _count_swapped(self, start: int, entries: bytes, chosen: bytes) -> None:
-        """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
-        size, types = len(chosen), entries[::WORD].translate(SWAP_TYPE_OF)
-        shifted = int.from_bytes(entries, "little") >> SWAP_TYPE_BITS
-        offsets, lanes = shifted.to_bytes(len(entries), "little"), int.from_bytes(chosen, "little")
-        for swap_type in {*compress(types, chosen)} & {*range(SWAP_TYPES)}:
-            if swap_type not in self.slots:
-                self.slots[swap_type] = Ledger()
-                self.slots[swap_type].begin(self.frames.row)
-            of_type = lanes & int.from_bytes(types.translate(EQUALS[swap_type]), "little")
-            marked = of_type.to_bytes(size, "little")
-            self.slots[swap_type].add(None, start, offsets, marked, 0, size)
-
-    def add_up(self, with_freed: bool) -> None:
-        """All rows are counted: sum `below` and `freed` over subtrees."""
-        for first, last, number in self._freed() if with_freed else ():
+    def add_up(self, mapcounts: memoryview | None) -> None:
+        """All rows are counted: sum over subtrees; `freed` only with mapcounts."""
+        for first, last, number in self._freed(mapcounts) if mapcounts else ():
             self.freed[self._common_ancestor(first, last)] += number
-        for figures in (*self.below, self.freed):
+        for figures in (self.below, self.freed):
             for row in range(len(figures) - 1, 0, -1):
                 figures[self.parents[row]] += figures[row]
-        for own, below in zip(self.own, self.below):
-            own[0] = below[0]
-        self.unique[0] = sum(self.unique)
+        self.own[0], self.new[0] = self.below[0], sum(self.new)
 
-    def _freed(self) -> Iterator[tuple[int, int, int]]:
+    def _freed(self, mapcounts: memoryview) -> Iterator[tuple[int, int, int]]:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
         # Their mapcount is what the set maps, or less where a process has ended meanwhile.
-        frames, size = self.frames, self.kernel.pmd_pages
-        mapcounts = mapcounts_of(self.kernel, frames)
         for first, last, private in {id(space): space for space in self.spaces.values()}.values():
             yield first, last, private
-        for pfn, (first, last) in frames.claims.items():
-            pairs = zip(mapcounts[pfn : pfn + size], frames.marks[pfn : pfn + size])
+        for pfn, (first, last) in self.claims.items():
+            end = pfn + self.kernel.pmd_pages
+            pairs = zip(mapcounts[pfn:end], self.marks[pfn:end])
             yield first, last, sum(n <= 1 and mark == CLAIMED for n, mark in pairs)
-        for block in filter(None, frames.blocks.values()):
+        for block in filter(None, self.blocks.values()):
             alone = block.mapped_by_nobody_else(mapcounts)
-            for first, these in block.first.items():
-                for last, those in block.last.items():
-                    yield first, last, how_many(alone & these & those)
-        for group, records in frames.singles.items():
-            marks = frames.marks[group * SINGLES : (group + 1) * SINGLES]
+            for first, last, lanes in block.by_rows():
+                yield first, last, how_many(lanes & alone)
+        for group, records in self.singles.items():
+            marks = self.marks[group * SINGLES : (group + 1) * SINGLES]
             each = zip(count(group * SINGLES), marks, records[::3], records[1::3], records[2::3])
             for pfn, mark, first, last, mappings in each:
                 if mark == SINGLE and mapcounts[pfn] <= mappings:
                     yield first, last, 1
 
+
+class Census:
+    """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
+
+    def __init__(self, kernel: Kernel, nodes: list[Node]) -> None:
+        self.kernel = kernel
+        self.parents = [0, *(node.parent for node in nodes)]
+        # A frame that is freed and used anew meanwhile can come as either, so that each has marks.
+        self.anon, self.file = Ledger(self.parents, kernel), Ledger(self.parents, kernel)
+        self.slots: dict[int, Ledger] = {}  # by swap type
+
+    def count(self, row: int, process: Process) -> None:
+        """Count what a process has: what is a file's by its place there, else by address."""
+        for ledger in (self.anon, self.file, *self.slots.values()):
+            ledger.begin(row, process.sibling)
+        self.anon.add_private(process.private, process.huge)
+        for vma, start, entries in process.pieces:
+            kinds = entries[FLAGS::WORD].translate(KINDS)
+            if FILE_PAGE in kinds:
+                of_file = kinds.translate(EQUALS[FILE_PAGE])
+                self.file.add(vma.file, start + vma.shift, entries, of_file)
+            if ANON_OR_DEVICE in kinds:
+                anon = kinds.translate(EQUALS[ANON_OR_DEVICE])
+                if vma.file:
+                    anon = self._without_devices(entries, anon)
+                self.anon.add(None, start, entries, anon)
+            if IN_SWAP in kinds:
+                self._add_swapped(start, entries, kinds.translate(EQUALS[IN_SWAP]))
+        process.pieces.clear()  # before those of the next one are read
+        for ledger in (self.anon, self.file, *self.slots.values()):
+            ledger.finish()
+
+    def _without_devices(self, entries: bytes, chosen: bytes) -> bytes:
+        """Leave out a device's memory; what else is no file's in a file's VMA, are copies."""
+        left = bytearray(chosen)
+        for at, pfn in compress(enumerate(pfns_of(entries)), chosen):
+            if not (self.anon.is_known(pfn) or self.kernel.has(pfn, KPF_ANON)):
+                left[at] = 0
+        return bytes(left)
+
+    def _add_swapped(self, start: int, entries: bytes, chosen: bytes) -> None:
+        """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
+        types, lanes = entries[::WORD].translate(SWAP_TYPE_OF), int.from_bytes(chosen, "little")
+        shifted = int.from_bytes(entries, "little") >> SWAP_TYPE_BITS
+        offsets = shifted.to_bytes(len(entries), "little")
+        for swap_type in {*compress(types, chosen)} & {*range(SWAP_TYPES)}:
+            if swap_type not in self.slots:
+                self.slots[swap_type] = Ledger(self.parents)
+                self.slots[swap_type].begin(self.anon.row, self.anon.sibling)
+            of_type = lanes & int.from_bytes(types.translate(EQUALS[swap_type]), "little")
+            self.slots[swap_type].add(None, start, offsets, as_bytes(of_type))
+
+    def add_up(self, with_freed: bool) -> None:
+        """All rows are counted; with FREED, how often the machine maps their frames is read."""
+        mapcounts = mapcounts_of(self.kernel, self.anon, self.file) if with_freed else None
+        for ledger in (self.anon, self.file, *self.slots.values()):
+            ledger.add_up(mapcounts if ledger.kernel else None)
+
     def figures(self, row: int) -> dict[str, int]:
         """What was counted of a row; after add_up()."""
-        anon, file, slots = (own[row] for own in self.own)
-        tree = self.below[ANON][row] + self.below[FILE][row]
-        sizes = {"size": anon + file, "tree": tree, "freed": self.freed[row]}
-        sizes.update(anon=anon, file=file, swap=slots)
+        anon, file = self.anon, self.file
+        sizes = {
+            "size": anon.own[row] + file.own[row],
+            "tree": anon.below[row] + file.below[row],
+            "freed": anon.freed[row] + file.freed[row],
+            "anon": anon.own[row],
+            "file": file.own[row],
+            "swap": sum(ledger.own[row] for ledger in self.slots.values()),
+        }
         figures = {name: number * self.kernel.machine.page_size for name, number in sizes.items()}
-        return {"frames": anon + file, "unique": self.unique[row], **figures}
+        return {"frames": sizes["size"], "unique": anon.new[row] + file.new[row], **figures}
 
 
-GAP = bytes(64)  # PFNs nobody has; fewer cost less to read over than another call
-MARKS_PART = 1 << 12  # so many are looked through in one go
-UNMARKED = bytes(MARKS_PART)
+def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
+    """By PFN, how often their frames are mapped, but by memuse (kpagecount, pagemap.rst)."""
 
+    def own_mappings() -> Counter[int]:
+        return Counter(filter(ledgers[-1].is_known, kernel.own_pfns(FILE_PAGE)))
 
-def mapcounts_of(kernel: Kernel, ledger: Ledger) -> memoryview:
-    """By PFN, how often a ledger's frames are mapped, but by memuse (kpagecount, pagemap.rst)."""
-    mapcounts = memoryview(lazy_bytes(4 * len(ledger.marks))).cast("I")
-
-    def read(first: int, number: int) -> None:
-        words = unpack(kernel.machine.words(kernel.counts, first, number))
-        mapcounts[first : first + len(words)] = array.array("I", words)
-
-    own = own_mappings(kernel.machine, ledger)
-    for start in range(0, len(ledger.marks), MARKS_PART):
-        marks, at = ledger.marks[start : start + MARKS_PART], start
-        for piece in marks.split(GAP) if marks != UNMARKED else ():
-            run = piece.strip(b"\0")
-            if run:
-                read(at + piece.find(run), len(run))
-            at += len(piece) + len(GAP)
-    for _ in range(3):
-        before, own = own, own_mappings(kernel.machine, ledger)
-        changed = (own - before) + (before - own)  # code that ran for the first time
-        for pfn in changed:
-            read(pfn, 1)
-        if not changed:
+    highest = max(len(ledger.marks) for ledger in ledgers)
+    mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
+    own = own_mappings()
+    for _ in range(3):  # until they stand still: code that runs for the first time adds to them
+        for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
+            words = unpack(kernel.machine.words(kernel.counts, first, number))
+            mapcounts[first : first + len(words)] = array.array("I", words)
+        before, own = own, own_mappings()
+        if own == before:
             break
     for pfn, times in own.items():
         mapcounts[pfn] = max(0, mapcounts[pfn] - times)
     return mapcounts
-
-
-def own_mappings(machine: Machine, ledger: Ledger) -> Counter[int]:
-    """How often memuse itself maps the set's frames, which is not outside of the set."""
-    own: Counter[int] = Counter()
-    path = f"{machine.proc}/{machine.own_pid()}"
-    vmas = parse_maps(machine.read(f"{path}/maps"), machine.page_size)
-    with machine.opened(f"{path}/pagemap") as pagemap:
-        for start, end in areas_of(files_of(vmas)):
-            entries = machine.words(pagemap, start, end - start)
-            of_file = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[FILE_PAGE])
-            own.update(pfn for pfn in compress(pfns_of(entries), of_file) if ledger.is_known(pfn))
-    return own
 
 
 # ---- The report ---------------------------------------------------------------------------------
@@ -1176,14 +1085,11 @@ def measure(
     machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]
 ) -> Report:
     """Read and count these processes as one set; without a kernel, no page tables."""
-    figures: list[KernelFigures] = []
-
-    def read_figures() -> None:
-        figures.extend(kernel_figures(machine, node) for node in nodes)
-
     # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
-    thread = threading.Thread(target=read_figures, daemon=True)
-    if columns & FROM_ROLLUP:
+    figures: list[dict[str, int] | Exception | None] = []
+    of_nodes = (kernel_figures(machine, node) for node in nodes)
+    thread = threading.Thread(target=figures.extend, args=[of_nodes], daemon=True)
+    if not columns.isdisjoint(ROLLUP):
         try:
             thread.start()
         except RuntimeError:  # too little memory, or as many threads as there may be
@@ -1194,15 +1100,14 @@ def measure(
     processes: list[Process | None] = []
     for number, node in enumerate(nodes, 1):
         process = reader.read(number, node)
-        if process and process.pages and census:
-            census.count(number, process.pages)
-            process = process._replace(pages=None)  # before those of the next one are read
         processes.append(process)
+        if census and process:
+            census.count(number, process)
     if census:
         census.add_up("freed" in columns)
-    progress.clear()
-    if columns & FROM_ROLLUP:
+    if thread.is_alive():
         thread.join()
+    progress.clear()
 
     report = Report([], dict.fromkeys(SUMS & columns, 0), {}, [])
     depths = [-1]
@@ -1212,24 +1117,24 @@ def measure(
         if not process:
             report.exited.append(node.pid)
             continue
-        row = {**process.row, "depth": depths[-1]}
-        of_kernel = figures[number - 1] if figures else {}
-        # They may be of another image: it called exec between two looks at it.
-        if of_kernel is None or (figures and not process.stat.is_same(node.stat)):
-            of_kernel = kernel_figures(machine, node._replace(stat=process.stat)) or {}
-        if isinstance(of_kernel, PermissionError):
-            process = process._replace(unread=process.unread or reason(of_kernel))
-            of_kernel = {}
-        if isinstance(of_kernel, (OSError, MemoryError)):
-            raise of_kernel
-        row.update(of_kernel, **(census.figures(number) if census else {}))
+        row = {**process.row, "depth": depths[-1], **(census.figures(number) if census else {})}
+        if figures:
+            found = figures[number - 1]
+            if found is None or not process.stat.is_same(node.stat):  # or of another image
+                found = kernel_figures(machine, node._replace(stat=process.stat)) or {}
+            if isinstance(found, PermissionError):
+                process.unread, found = process.unread or reason(found), {}
+            if isinstance(found, Exception):
+                raise found
+            row.update(found)
         if process.unread:
             report.skipped[node.pid] = process.unread
             row = {name: value for name, value in row.items() if name not in FIGURES}
         report.rows.append(row)
         for name in report.total:
             report.total[name] += row.get(name, 0)
-    return report._replace(total={**report.total, **(census.figures(0) if census else {})})
+    report.total.update(census.figures(0) if census else {})
+    return report
 
 
 # ---- Output -------------------------------------------------------------------------------------
@@ -1281,24 +1186,29 @@ def table(
         text = size(value) if name in SIZES else str(value)
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
-    drawn = "".join(LINES)
-    drawing = LINES if drawn.encode(encoding, "ignore").decode(encoding) == drawn else ASCII
     unread = f", {len(report.skipped)} unread" if report.skipped else ""
     total = {**report.total, "command": UNITS[size] + plural(len(report.rows)) + unread}
-    rows = [*report.rows, total]
-    cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
+    lines = [[COLUMNS[name][0] for name in columns]]
+    lines += ([cell(row, name) for name in columns] for row in [*report.rows, total])
+    widths = [max(map(columns_of, column)) for column in zip(*lines)]
     if "command" in columns:
-        others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
-        room = max(width - others, len("COMMAND")) if width else 0
+        at = columns.index("command")
+        room = width - sum(widths) - len(widths) + 1 + widths[at]
+        drawn = "".join(LINES)
+        drawing = LINES if drawn.encode(encoding, "ignore").decode(encoding) == drawn else ASCII
         trees = ["", *tree_lines([row["depth"] for row in report.rows], drawing), ""]
-        pairs = zip(trees, cells["command"])
-        cells["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in pairs]
-    for name in columns[:-1] if columns[-1] in TEXTS else columns:
-        wide = max(map(columns_of, cells[name]))
-        for at, text in enumerate(cells[name]):
-            padding = " " * (wide - columns_of(text))
-            cells[name][at] = text + padding if name in TEXTS else padding + text
-    return [" ".join(line).rstrip() for line in zip(*cells.values())]
+        for tree, line in zip(trees, lines):
+            limit = max(room, len("COMMAND")) if width else 0
+            line[at] = shortened(tree, line[at], limit, drawing[3])
+        widths[at] = max(columns_of(line[at]) for line in lines)
+    if columns[-1] in TEXTS:
+        widths[-1] = 0
+    return [" ".join(map(aligned, line, widths, columns)).rstrip() for line in lines]
+
+
+def aligned(text: str, width: int, column: str) -> str:
+    padding = " " * (width - columns_of(text))
+    return text + padding if column in TEXTS else padding + text
 
 
 def shortened(tree: str, command: str, room: int, dots: str) -> str:
@@ -1346,7 +1256,7 @@ class Progress:
     """A line on stderr about what is going on, if that is a terminal and it takes long."""
 
     def __init__(self, processes: int) -> None:
-        self.processes, self.pages, self.shown = processes, 0, False
+        self.processes, self.pages, self.shown = processes, 0, ""
         self.next = time.monotonic() + 1
 
     def __call__(self, done: int, pages: int) -> None:
@@ -1354,11 +1264,10 @@ class Progress:
         self.pages += pages
         if time.monotonic() > self.next and sys.stderr and sys.stderr.isatty():
             write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
-            self.shown, self.next = True, time.monotonic() + 0.1
+            self.shown, self.next = "\r\033[K", time.monotonic() + 0.1
 
     def clear(self) -> None:
-        if self.shown:
-            write("\r\033[K", sys.stderr)
+        write(self.shown, sys.stderr)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -1376,23 +1285,6 @@ def pid_argument(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a PID")
     return int(text)
-
-
-def columns_argument(text: str) -> list[str]:
-    """Names of columns; the first is "+" if they are added to the default."""
-    names = text.lower().lstrip("+").split(",")
-    for name in names:
-        if name not in COLUMNS:
-            known = ", ".join(COLUMNS)
-            raise argparse.ArgumentTypeError(f"there is no column {name!r}; there are {known}")
-    return ["+"] * text.startswith("+") + names
-
-
-def columns_shown(output: list[str] | None, default: list[str]) -> list[str]:
-    """Each once; those added to the default stand before the command."""
-    if output and output[0] == "+":
-        output = [*default[:-1], *output[1:], default[-1]]
-    return list(dict.fromkeys(output or default))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -1416,7 +1308,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **const)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
     columns_help = "columns to show, see below; +COLUMNS adds to the default"
-    add("-o", "--output", metavar="COLUMNS", type=columns_argument, help=columns_help)
+    add("-o", "--output", metavar="COLUMNS", help=columns_help)
     group_help = "the processes of a control group and of all below it"
     add("-g", "--cgroup", metavar="PATH", action="append", default=[], help=group_help)
     add("--help", action="help", help="show this and exit")
@@ -1425,6 +1317,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.pids and not arguments.cgroup:
         parser.error("a PID is missing")
+    names = default = IN_JSON if arguments.json else IN_TABLE
+    if arguments.output is not None:
+        names = arguments.output.lower().lstrip("+").split(",")
+        for name in names:
+            if name not in COLUMNS:
+                parser.error(f"there is no column {name!r}; there are {', '.join(COLUMNS)}")
+        if arguments.output.startswith("+"):
+            names = [*default[:-1], *names, default[-1]]  # before the command
+    arguments.columns = list(dict.fromkeys(names))
     return arguments
 
 
@@ -1467,24 +1368,19 @@ def write(text: str, stream: TextIO | None) -> None:
 
 
 def width_of_output() -> int:
-    """COLUMNS if the environment has it, as ps has it; else the terminal's; 0 if there is none."""
-    asked = os.environ.get("COLUMNS", "")
-    if re.fullmatch("[0-9]{1,9}", asked) and int(asked):
-        return int(asked)
-    # A terminal that nobody told its size has 0.
+    """COLUMNS of the environment, as ps has it; else the terminal's; 0 if nobody has told any."""
+    asked = re.fullmatch("0*[1-9][0-9]{0,8}", os.environ.get("COLUMNS", ""))
+    if asked:
+        return int(asked[0])
     return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
 
 
 def run(machine: Machine, argv: list[str]) -> tuple[str, list[str], list[str]]:
     """What to print; what failed; and what else there is to say.  Error if nothing is to print."""
     arguments = parse_args(argv)
-    columns = columns_shown(arguments.output, IN_JSON if arguments.json else IN_TABLE)
+    columns, roots = arguments.columns, list(dict.fromkeys(arguments.pids))
     members = {pid for path in arguments.cgroup for pid in cgroup_members(machine, path)}
-    roots = list(dict.fromkeys(arguments.pids))
     nodes = find_processes(machine, roots, members)
-    found = {node.pid for node in nodes}
-    failures = [why_missing(machine, pid) for pid in roots if pid not in found]
-    report = Report([], {}, {}, [])
     with contextlib.ExitStack() as files:
         kernel = None
         try:
@@ -1492,10 +1388,11 @@ def run(machine: Machine, argv: list[str]) -> tuple[str, list[str], list[str]]:
                 kernel = Kernel(machine, files)
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
-        if nodes:
-            report = measure(machine, kernel, {*columns}, nodes)
+        report = measure(machine, kernel, {*columns}, nodes)
 
+    found = {node.pid for node in nodes}
     gone = [pid for pid in report.exited if pid in roots]
+    failures = [why_missing(machine, pid) for pid in roots if pid not in found]
     failures += [f"process {pid} exited while it was being read" for pid in gone]
     for why in dict.fromkeys(report.skipped.values()):
         pids = [str(pid) for pid in report.skipped if report.skipped[pid] == why]

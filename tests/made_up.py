@@ -164,6 +164,8 @@ class MadeUp(memuse.Machine):
             return [PRESENT | SOFT_DIRTY * (p % 3 == 0) | SHARED + p for p in pages]
         if kind == "file":
             return [PRESENT | OF_FILE | FILES + p for p in pages]
+        if kind == "anew":  # a file's no more
+            return [PRESENT | FILES + p for p in pages]
         if kind == "zero":
             return [PRESENT | ZERO] * length
         if kind == "device" and file:  # only drivers' files map any

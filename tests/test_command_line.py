@@ -146,7 +146,7 @@ def test_a_circle_of_parents_has_an_end() -> None:
         def pids(self) -> list[int]:
             return [5, 6]
 
-        def read(self, path: str, directory: int | None = None, at_most: int = 0) -> bytes:
+        def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
             pid = int(path.split("/")[2])
             return b"%d (x) S %d" % (pid, 11 - pid) + b" 0" * 50
 

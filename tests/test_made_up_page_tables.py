@@ -99,6 +99,19 @@ def test_the_size_of_huge_pages_is_the_kernels(kib: int, pmd_pages: int, tmp_pat
     check(machine, about="exclusive bit of huge pages believed, or the huge zero page counted?")
 
 
+def test_frames_that_are_used_anew_between_two_processes(tmp_path: Path) -> None:
+    """Freed as pages of a file once one process is read, and anonymous memory of the next."""
+    machine = MadeUp(tmp_path)
+    machine.add([(True, 0, [("file", 100, 0)])])
+    machine.add([(False, 0, [("anew", 50, 20), ("nothing", 3000, 0), ("anew", 3, 80)])], FIRST_PID)
+    machine.finish()
+    result = inside(machine, "--json", "-o", "frames,anon,file,freed", FIRST_PID)
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = json.loads(result.stdout)["processes"]
+    page = machine.page_size
+    assert [(row["file"] / page, row["anon"] / page) for row in rows] == [(100, 9), (0, 53 + 9)]
+
+
 # ---- Any page tables ------------------------------------------------------------
 
 runs = st.tuples(st.sampled_from(KINDS.split()), st.integers(1, 700), st.integers(0, 600))
@@ -107,8 +120,7 @@ processes = st.lists(st.lists(areas, min_size=1, max_size=4), min_size=1, max_si
 patches = st.fixed_dictionaries(
     {},
     optional={
-        "MAX_READ": st.sampled_from([512, 1536]),
-        "READ_WHOLE": st.sampled_from([0, 100]),
+        "SPAN": st.sampled_from([100, 512, 1536]),
         "FEW": st.sampled_from([0, 3]),
         "MAX_ROWS": st.sampled_from([1, 2]),
         "LANES": st.sampled_from([256, 1000]),
@@ -159,7 +171,7 @@ def case(made: list[list[Area]], **others: Any) -> Any:
     ],
     parents=FAN,
     fates={1: "vanish"},
-    patches={"READ_WHOLE": 0, "MAX_READ": 512},
+    patches={"SPAN": 512},
 )
 @case(
     [

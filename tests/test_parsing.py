@@ -42,13 +42,13 @@ def test_each_line_of_maps_is_a_vma_but_vsyscall() -> None:
         (0x55D0C0A03, 0x55D0C0A05, 1 - 0x55D0C0A00, b"fe:00 1234"),
         (0x55D0C0A05, 0x55D0C0A06, -0x55D0C0A00, b"fe:00 1234"),
         (0x55D0C0A06, 0x55D0C0A07, -0x55D0C0A00, b"fe:00 4321"),
-        (0x7F0000000, 0x7F0000001, -0x7F0000000, None),
-        (0x7F0000001, 0x7F0000002, -0x7F0000001, None),
-        (0x7F0000003, 0x7F0000004, -0x7F0000003, None),
+        (0x7F0000000, 0x7F0000001, 0, None),
+        (0x7F0000001, 0x7F0000002, 0, None),
+        (0x7F0000003, 0x7F0000004, 0, None),
         (0x7F0000004, 0x7F0000005, -0x7F0000004, b"[anon_shmem:a b]"),
-        (0x7F0001000, 0x7F0001001, -0x7F0001000, None),
-        (0x7F0001001, 0x7F0001002, -0x7F0001001, None),
-        (0x7F0001002, 0x7F0001003, -0x7F0001002, None),
+        (0x7F0001000, 0x7F0001001, 0, None),
+        (0x7F0001001, 0x7F0001002, 0, None),
+        (0x7F0001002, 0x7F0001003, 0, None),
         (0x7FFD00000, 0x7FFD00002, -0x7FFD00000, b"[vvar]"),
     ]
 
@@ -74,7 +74,9 @@ def test_a_short_hole_is_read_over(hole: int, areas: int) -> None:
 
 
 def test_files_go_on_where_addresses_and_places_in_the_file_do() -> None:
-    assert [tuple(vma) for vma in memuse.files_of(memuse.parse_maps(MAPS, PAGE))] == [
+    """And anonymous memory wherever it is."""
+    runs = memuse.joined(memuse.parse_maps(MAPS, PAGE))
+    assert [tuple(vma) for vma in runs if vma.file] == [
         (0x55D0C0A00, 0x55D0C0A05, 1 - 0x55D0C0A00, b"fe:00 1234"),
         (0x55D0C0A05, 0x55D0C0A06, -0x55D0C0A00, b"fe:00 1234"),
         (0x55D0C0A06, 0x55D0C0A07, -0x55D0C0A00, b"fe:00 4321"),
@@ -109,11 +111,12 @@ def test_every_page_is_in_one_area_and_every_page_of_a_file_in_one_vma(made: lis
     in_areas = [page for start, end in memuse.areas_of(vmas) for page in range(start, end)]
     assert len(in_areas) == len({*in_areas})
     assert {*mapped} <= {*in_areas}
-    files = memuse.files_of(vmas)
-    assert sum(vma.end - vma.start for vma in files) == len(of_files)
-    for vma in files:
-        for page in range(vma.start, vma.end):
-            assert of_files[page] == (vma.file, page + vma.shift)
+    runs = memuse.joined(vmas)
+    found = {page: vma for vma in runs for page in range(vma.start, vma.end)}
+    assert len(found) == sum(vma.end - vma.start for vma in runs)
+    for page in mapped:
+        place = (found[page].file, page + found[page].shift)
+        assert place == of_files.get(page, (None, page))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +306,7 @@ def parse(text: bytes) -> None:
     with contextlib.suppress(memuse.Error):
         vmas = memuse.parse_maps(text, PAGE)
         assert all(isinstance(start + end, int) for start, end in memuse.areas_of(vmas))
-        assert all(isinstance(sum(vma[:3]), int) for vma in memuse.files_of(vmas))
+        assert all(isinstance(sum(vma[:3]), int) for vma in memuse.joined(vmas))
 
 
 @settings(max_examples=250)
@@ -349,7 +352,7 @@ def test_parsers_take_mutated_text(data: st.DataObject) -> None:
 
 def test_parsers_take_the_real_thing() -> None:
     vmas = memuse.parse_maps(b"".join(REAL_MAPS), PAGE)
-    areas, files = memuse.areas_of(vmas), memuse.files_of(vmas)
+    areas, files = memuse.areas_of(vmas), memuse.joined(vmas)
     for line in REAL_MAPS:
         start, end = (int(text, 16) // PAGE for text in line.split()[0].split(b"-"))
         inode = line.split()[4]
