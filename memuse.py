@@ -27,7 +27,6 @@ import argparse
 import array
 import contextlib
 import errno
-import functools
 import mmap
 import os
 import re
@@ -37,7 +36,7 @@ import threading
 import time
 from bisect import bisect
 from collections import Counter, defaultdict
-from itertools import chain, compress, count, groupby
+from itertools import accumulate, chain, compress, count, groupby, takewhile
 from operator import itemgetter, le
 from typing import NamedTuple
 
@@ -1081,9 +1080,7 @@ class Report(NamedTuple):
     exited: list[int]  # PIDs of processes that ended while they were read
 
 
-def measure(
-    machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]
-) -> Report:
+def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]) -> Report:
     """Read and count these processes as one set; without a kernel, no page tables."""
     # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
     figures: list[dict[str, int] | Exception | None] = []
@@ -1094,8 +1091,7 @@ def measure(
             thread.start()
         except RuntimeError:  # too little memory, or as many threads as there may be
             raise Error("cannot start a thread") from None
-    progress = Progress(len(nodes))
-    reader = Reader(machine, kernel, columns, progress)
+    reader = Reader(machine, kernel, columns, Progress(len(nodes)))
     census = Census(kernel, nodes) if kernel else None
     processes: list[Process | None] = []
     for number, node in enumerate(nodes, 1):
@@ -1107,9 +1103,9 @@ def measure(
         census.add_up("freed" in columns)
     if thread.is_alive():
         thread.join()
-    progress.clear()
+    write(reader.progress.eraser, sys.stderr)
 
-    report = Report([], dict.fromkeys(SUMS & columns, 0), {}, [])
+    report = Report([], {}, {}, [])
     depths = [-1]
     for number, (node, process) in enumerate(zip(nodes, processes), 1):
         # What is below one that exited is drawn below its parent.
@@ -1131,9 +1127,8 @@ def measure(
             report.skipped[node.pid] = process.unread
             row = {name: value for name, value in row.items() if name not in FIGURES}
         report.rows.append(row)
-        for name in report.total:
-            report.total[name] += row.get(name, 0)
-    report.total.update(census.figures(0) if census else {})
+    sums = {name: sum(row.get(name, 0) for row in report.rows) for name in SUMS & columns}
+    report.total.update(sums, **(census.figures(0) if census else {}))
     return report
 
 
@@ -1149,7 +1144,8 @@ def human(size: int) -> str:
     value, power = float(size), 0
     while round(value) >= 1024:
         value, power = value / 1024, power + 1
-    return f"{value:.{int(power > 0 and round(value, 1) < 10)}f}{' KMGTPE'[power].strip()}"
+    digits = 1 if power and round(value, 1) < 10 else 0
+    return f"{value:.{digits}f}{' KMGTPE'[power].strip()}"
 
 
 UNITS = {kib: "KiB, ", str: "bytes, ", human: ""}
@@ -1163,14 +1159,14 @@ def plural(number: int) -> str:
 
 def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     """What stands before each row's command to draw the tree."""
-    down, tee, corner = drawing[:3]
+    down, tee, corner, _ = drawing
     lines = []
-    later: list[bool] = []  # by depth: whether a row further down has the same parent
+    later: set[int] = set()  # depths at which a row further down has the same parent
     for depth in reversed(depths):
-        later = (later + [False] * (depth + 1))[: depth + 1]
-        line = "".join(down if more else "   " for more in later[1:depth])
-        lines.append(f" {line}{tee if later[depth] else corner}" if depth else "")
-        later[depth] = True
+        line = "".join(down if above in later else "   " for above in range(1, depth))
+        lines.append(f" {line}{tee if depth in later else corner}" if depth else "")
+        later.add(depth)
+        later.discard(depth + 1)  # all its children are drawn
     return lines[::-1]
 
 
@@ -1188,38 +1184,32 @@ def table(
 
     unread = f", {len(report.skipped)} unread" if report.skipped else ""
     total = {**report.total, "command": UNITS[size] + plural(len(report.rows)) + unread}
-    lines = [[COLUMNS[name][0] for name in columns]]
-    lines += ([cell(row, name) for name in columns] for row in [*report.rows, total])
-    widths = [max(map(columns_of, column)) for column in zip(*lines)]
+    rows = [*report.rows, total]
+    cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
     if "command" in columns:
-        at = columns.index("command")
-        room = width - sum(widths) - len(widths) + 1 + widths[at]
-        drawn = "".join(LINES)
-        drawing = LINES if drawn.encode(encoding, "ignore").decode(encoding) == drawn else ASCII
-        trees = ["", *tree_lines([row["depth"] for row in report.rows], drawing), ""]
-        for tree, line in zip(trees, lines):
-            limit = max(room, len("COMMAND")) if width else 0
-            line[at] = shortened(tree, line[at], limit, drawing[3])
-        widths[at] = max(columns_of(line[at]) for line in lines)
-    if columns[-1] in TEXTS:
-        widths[-1] = 0
-    return [" ".join(map(aligned, line, widths, columns)).rstrip() for line in lines]
-
-
-def aligned(text: str, width: int, column: str) -> str:
-    padding = " " * (width - columns_of(text))
-    return text + padding if column in TEXTS else padding + text
+        others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
+        room = max(width - others, len("COMMAND")) if width else 0
+        signs = "".join(LINES)
+        drawing = LINES if signs.encode(encoding, "ignore").decode(encoding) == signs else ASCII
+        trees = tree_lines([0, *(row["depth"] for row in report.rows), 0], drawing)
+        drawn = zip(trees, cells["command"])
+        cells["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in drawn]
+    for name in columns[:-1] if columns[-1] in TEXTS else columns:
+        wide = max(map(columns_of, cells[name]))
+        blanks = [" " * (wide - columns_of(text)) for text in cells[name]]
+        pairs = zip(cells[name], blanks) if name in TEXTS else zip(blanks, cells[name])
+        cells[name] = ["".join(pair) for pair in pairs]
+    return [" ".join(line).rstrip() for line in zip(*cells.values())]
 
 
 def shortened(tree: str, command: str, room: int, dots: str) -> str:
     """The command behind its tree, in so many columns of a terminal; all of it if that is 0."""
+    over = columns_of(tree) + columns_of(command) - room if room else 0
     # The program's name and its first arguments tell processes apart best.
-    over = columns_of(tree + command) - room if room else 0
-    program, space, arguments = command.partition(" ")
-    directory, slash, name = program.rpartition("/")
+    directory = command.partition(" ")[0].rpartition("/")[0]
     if over > 0 and directory:
-        directory = cut(directory, max(0, columns_of(directory) - over - 1)) + dots
-        command = f"{directory}{slash}{name}{space}{arguments}"
+        left = cut(directory, columns_of(directory) - over - 1)
+        command = left + dots + command[len(directory) :]
     return cut(tree + command, room) if room else tree + command
 
 
@@ -1235,9 +1225,8 @@ def columns_of(text: str) -> int:
 
 def cut(text: str, room: int) -> str:
     """As much of the text as there is room for."""
-    while columns_of(text) > room:
-        text = text[:-1]
-    return text
+    ends = accumulate(map(columns_of, text))
+    return text[: len([*takewhile(lambda end: end <= room, ends)])]
 
 
 def as_json(report: Report, columns: list[str], page_size: int) -> str:
@@ -1252,11 +1241,29 @@ def as_json(report: Report, columns: list[str], page_size: int) -> str:
     return json.dumps(content)
 
 
+def write(text: str, stream: TextIO | None) -> None:
+    """Error if stdout cannot take it, except on a closed pipe."""
+    if stream is None:  # stderr is closed
+        return
+    # Not by the stream: without a buffer (python -u) it takes a part for the whole.
+    left = text.encode(stream.encoding, "backslashreplace")
+    try:
+        while left:
+            left = left[os.write(stream.fileno(), left) :]
+    except OSError as error:
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise Error(f"cannot write: {error.strerror}") from None
+
+
+def complain(*messages: str) -> None:
+    write("".join(f"memuse: {escaped(message)}\n" for message in messages), sys.stderr)
+
+
 class Progress:
     """A line on stderr about what is going on, if that is a terminal and it takes long."""
 
     def __init__(self, processes: int) -> None:
-        self.processes, self.pages, self.shown = processes, 0, ""
+        self.processes, self.pages, self.eraser = processes, 0, ""
         self.next = time.monotonic() + 1
 
     def __call__(self, done: int, pages: int) -> None:
@@ -1264,10 +1271,7 @@ class Progress:
         self.pages += pages
         if time.monotonic() > self.next and sys.stderr and sys.stderr.isatty():
             write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
-            self.shown, self.next = "\r\033[K", time.monotonic() + 0.1
-
-    def clear(self) -> None:
-        write(self.shown, sys.stderr)
+            self.eraser, self.next = "\r\033[K", time.monotonic() + 0.1
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -1275,10 +1279,11 @@ class Progress:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"memuse: {escaped(message)}; see memuse --help\n")
+        complain(f"{message}; see memuse --help")
+        raise SystemExit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        write(message, sys.stderr if file is sys.stderr else sys.stdout)
+        write(message, file)
 
 
 def pid_argument(text: str) -> int:
@@ -1288,15 +1293,15 @@ def pid_argument(text: str) -> int:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    columns = "\n".join(f"  {name:8} {about}" for name, (_, about) in COLUMNS.items())
+    about_columns = "".join(f"  {name:8} {about}\n" for name, (_, about) in COLUMNS.items())
     parser = Parser(
         prog="memuse",
         add_help=False,
         allow_abbrev=False,
         # With a width given, argparse need not import what tells the terminal's.
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80),
         description="Count the physical memory that a tree of processes really occupies.",
-        epilog=f"columns (sizes in KiB; default: {','.join(IN_TABLE)}):\n{columns}\n\n"
+        epilog=f"columns (sizes in KiB; default: {','.join(IN_TABLE)}):\n{about_columns}\n"
         "examples:\n"
         "  sudo memuse $(pgrep -o nginx)               a server, with all below it\n"
         "  sudo memuse -g system.slice/nginx.service   a unit, or a container\n"
@@ -1317,6 +1322,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.pids and not arguments.cgroup:
         parser.error("a PID is missing")
+
     names = default = IN_JSON if arguments.json else IN_TABLE
     if arguments.output is not None:
         names = arguments.output.lower().lstrip("+").split(",")
@@ -1342,29 +1348,11 @@ def refusal(machine: Machine, refused: OSError, nodes: list[Node], argv: list[st
     inodes = {os.stat(f"{machine.proc}/self/ns/{name}").st_ino for name in ("pid", "user")}
     if inodes - FIRST_NAMESPACES:
         return Error(f"{needs}: run it on the host, with its PID there: sudo {program} PID")
-    users = set()
-    for node in nodes:
-        with contextlib.suppress(FileNotFoundError):
-            users.add(os.stat(f"{machine.proc}/{node.pid}").st_uid)
     line = f"{needs}: run sudo {program} {shlex.join(argv)}"
-    if os.geteuid() and users == {os.geteuid()}:
+    if os.geteuid() and all(os.access(f"{machine.proc}/{node.pid}/fd", os.R_OK) for node in nodes):
         pids = " ".join(str(node.pid) for node in nodes if not node.parent)
         line += f"; or, for the kernel's figures alone, {program} -o pid,rss,pss,command {pids}"
     return Error(line)
-
-
-def write(text: str, stream: TextIO | None) -> None:
-    """Error if stdout cannot take it, except on a closed pipe."""
-    if stream is None:  # stderr is closed
-        return
-    # Not by the stream: without a buffer (python -u) it takes a part for the whole.
-    left = text.encode(stream.encoding, "backslashreplace")
-    try:
-        while left:
-            left = left[os.write(stream.fileno(), left) :]
-    except OSError as error:
-        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            raise Error(f"cannot write: {error.strerror}") from None
 
 
 def width_of_output() -> int:
@@ -1375,43 +1363,42 @@ def width_of_output() -> int:
     return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
 
 
-def run(machine: Machine, argv: list[str]) -> tuple[str, list[str], list[str]]:
-    """What to print; what failed; and what else there is to say.  Error if nothing is to print."""
+def run(machine: Machine, argv: list[str]) -> int:
+    """Print what is asked for, then what is missing in it.  Error if there is nothing to print."""
     arguments = parse_args(argv)
     columns, roots = arguments.columns, list(dict.fromkeys(arguments.pids))
     members = {pid for path in arguments.cgroup for pid in cgroup_members(machine, path)}
     nodes = find_processes(machine, roots, members)
+    with_frames = nodes and not FROM_PAGEMAP.isdisjoint(columns)
     with contextlib.ExitStack() as files:
-        kernel = None
         try:
-            if nodes and not FROM_PAGEMAP.isdisjoint(columns):
-                kernel = Kernel(machine, files)
+            kernel = Kernel(machine, files) if with_frames else None
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
-        report = measure(machine, kernel, {*columns}, nodes)
+        report = survey(machine, kernel, {*columns}, nodes)
 
     found = {node.pid for node in nodes}
-    gone = [pid for pid in report.exited if pid in roots]
     failures = [why_missing(machine, pid) for pid in roots if pid not in found]
+    gone = [pid for pid in report.exited if pid in roots]
     failures += [f"process {pid} exited while it was being read" for pid in gone]
     for why in dict.fromkeys(report.skipped.values()):
         pids = [str(pid) for pid in report.skipped if report.skipped[pid] == why]
         failures.append(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} not read: {why}")
     if len(report.rows) == len(report.skipped):
         raise Error("; ".join(failures) or "none of the processes is left")
+    if arguments.json:
+        lines = [as_json(report, columns, machine.page_size)]
+    else:
+        lines = table(report, columns, arguments.size, width_of_output(), sys.stdout.encoding)
+    write("".join(f"{line}\n" for line in lines), sys.stdout)
     others = len(report.exited) - len(gone)
     notes = [f"{plural(others)} exited while being read"] if others else []
-    if arguments.json:
-        return as_json(report, columns, machine.page_size) + "\n", failures, notes
-    lines = table(report, columns, arguments.size, width_of_output(), sys.stdout.encoding)
-    return "".join(f"{line}\n" for line in lines), failures, notes
+    complain(*failures, *notes)
+    return 1 if failures else 0
 
 
 def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
     """Exit status: 0 done, 1 failed or incomplete, 2 wrong usage, 130 interrupted."""
-    messages: list[str] = []
-    status = 1
-
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
         # At once: an exception could be lost in a destructor, or tell its traceback at exit.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -1419,17 +1406,15 @@ def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
     try:
         if sys.stdout is None:
             raise Error("standard output is closed")
-        text, failures, notes = run(machine or Machine(), sys.argv[1:] if argv is None else argv)
-        write(text, sys.stdout)
-        messages, status = failures + notes, int(bool(failures))
+        return run(machine or Machine(), sys.argv[1:] if argv is None else argv)
     except Error as error:
-        messages = [str(error)]
+        complain(str(error))
     except (MemoryError, OSError) as error:
-        messages = ["there is not enough memory"]
-        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-            messages = [f"{os.fsdecode(error.filename or 'reading')}: {error.strerror}"]
-    write("".join(f"memuse: {escaped(message)}\n" for message in messages), sys.stderr)
-    return status
+        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+            complain("there is not enough memory")
+        else:
+            complain(f"{os.fsdecode(error.filename or 'reading')}: {error.strerror}")
+    return 1
 
 
 if __name__ == "__main__":
