@@ -36,9 +36,10 @@ import threading
 import time
 from bisect import bisect
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, compress, count, groupby, takewhile
 from operator import itemgetter, le
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn, Optional, TextIO
 
 try:
     import fcntl
@@ -51,24 +52,17 @@ except ImportError as missing:
         f" (after apt install python3-psutil: sudo /usr/bin/python3 {sys.argv[0]} PID)"
     ) from None
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from typing import Any, NoReturn, TextIO
-
-    Pair = tuple[int, int]
-    Place = tuple[bytes | None, int]  # a file, or None for the address space; a group of pages
-    Row = dict[str, Any]  # a process or TOTAL, by column; what was not read, has no figure
-
 __version__ = "2.0.0"
+
+Pair = tuple[int, int]
+Place = tuple[Optional[bytes], int]  # a file, or None for the address space; a group of pages
+Row = dict[str, Any]  # a process or TOTAL, by column; what was not read, has no figure
+
+VANISHED = (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess)  # ended, or called exec
 
 
 class Error(Exception):
     """What can be expected to go wrong, told in the one line that the user sees."""
-
-
-# What reading a process raises once it has ended or called exec.
-VANISHED = (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess)
 
 
 # ---- The kernel's interface ---------------------------------------------------------------------
@@ -114,10 +108,7 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 
 class Machine:
-    """The machine: every file of /proc and /sys is opened and read here.
-
-    Tests put made-up machines in its place, of other page sizes, byte orders and kernels.
-    """
+    """All of /proc and /sys is read through this; tests put made-up machines in its place."""
 
     proc, sysfs = "/proc", "/sys"
     page_size = os.sysconf("SC_PAGE_SIZE")
@@ -144,35 +135,25 @@ class Machine:
         return os.pread(fd, size, offset)
 
     def words(self, fd: int, first: int, number: int) -> bytes:
-        """Words of pagemap or /proc/kpage*, each with its least significant byte first.
-
-        Fewer than `number`, or none, where the file ends or the process is gone; else OSError.
-        """
-        try:
-            words = self.pread(fd, number * WORD, first * WORD)
-        except ProcessLookupError:
-            return b""
+        """Words of pagemap or /proc/kpage*, as little-endian; fewer where the file ends."""
+        words = self.pread(fd, number * WORD, first * WORD)
         if self.byteorder == "big":
-            return struct.pack(
-                f"<{len(words) // WORD}Q", *struct.unpack(f">{len(words) // WORD}Q", words)
-            )
+            number = len(words) // WORD
+            words = struct.pack(f"<{number}Q", *struct.unpack(f">{number}Q", words))
         return words
 
     def next_resident(self, pagemap: int, start: int, end: int) -> int:
-        """The first page from `start` on that is present or swapped, else `end` (PAGEMAP_SCAN).
-
-        Just `start` where the kernel cannot tell.
-        """
-        region, size = array.array("Q", [0, 0, 0]), self.page_size
-        # struct pm_scan_arg: size flags start end walk_end vec vec_len max_pages; category_inverted
-        # _mask _anyof_mask, return_mask
-        argument = [12 * WORD, 0, start * size, end * size, 0, region.buffer_info()[0], 1, 1]
-        argument += [0, 0, *[PAGE_IS_PRESENT | PAGE_IS_SWAPPED] * 2]
+        """The first page from `start` on that may be present or swapped, or else `end`."""
+        size, which = self.page_size, PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+        region = array.array("Q", [0, 0, 0])  # the kernel's answer: start, end, categories
+        vector, _ = region.buffer_info()
+        # struct pm_scan_arg: its size, flags, start, end, walk_end, vec, vec_len, max_pages, masks.
+        scan = (12 * WORD, 0, start * size, end * size, 0, vector, 1, 1, 0, 0, which, which)
         try:
-            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *argument))
-        except OSError:
+            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *scan))
+        except OSError:  # the kernel cannot tell
             return start
-        return region[0] // size if region[1] else end  # the kernel has filled in start and end
+        return region[0] // size if region[1] else end
 
     def own_pid(self) -> int:
         """Our PID as this /proc shows it, whose PID namespace need not be ours."""
@@ -187,39 +168,26 @@ class Machine:
         return None
 
 
-def unpack(words: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(words) // WORD}Q", words)
-
-
-def pfns_of(entries: bytes) -> list[int]:
-    """The PFNs in entries, or what stands in their bits."""
-    if entries[4::WORD].count(0) == len(entries) // WORD and sys.byteorder == "little":
-        return memoryview(entries).cast("I")[::2].tolist()  # in a quarter of the time
-    return [entry & PFN_MASK for entry in unpack(entries)]
-
-
 class Kernel:
     """What the kernel tells of frames: /proc/kpageflags and /proc/kpagecount, held open."""
 
     def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
         """PermissionError if frames may not be seen; it names the file that refuses."""
         self.machine = machine
-        with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ) as page:
-            page.read(1)  # which is the zero page, since it was never written to
-            own = self.own_pfns(ANON_OR_DEVICE)
+        # Memory that is only read maps the zero page.  s390 has up to 128, and MIPS has some: there
+        # the address chooses one.
+        with mmap.mmap(-1, 128 * mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ) as memory:
+            memory[:: mmap.PAGESIZE]
+            own = {*self.own_pfns(ANON_OR_DEVICE)}
         if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
-            path = f"{machine.proc}/self/pagemap"
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+            raise PermissionError(errno.EPERM, "no PFNs", f"{machine.proc}/self/pagemap")
         self.flags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
         self.counts = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
-        # Some architectures have several in a row, and choose one by the address.
-        first = max(0, next(pfn for pfn in own if self.has(pfn, KPF_ZERO_PAGE)) - 256)
-        flags = unpack(machine.words(self.flags, first, 512))
-        self.zero_pages = [first + i for i, word in enumerate(flags) if word & KPF_ZERO_PAGE]
+        self.zero_pages = [pfn for pfn in own if self.has(pfn, KPF_ZERO_PAGE)]
         self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
-        path = f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size"
         with contextlib.suppress(FileNotFoundError):
-            self.pmd_pages = int(machine.read(path)) // machine.page_size
+            size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
+            self.pmd_pages = int(size) // machine.page_size
         words = [1] * self.pmd_pages, range(self.pmd_pages)
         packed = [struct.pack(f"<{self.pmd_pages}Q", *each) for each in words]
         self.ones, self.ramp = (int.from_bytes(each, "little") for each in packed)
@@ -276,13 +244,22 @@ IN_JSON += ["rss", "pss", "uss", "swap", "command"]
 
 # ---- Parsing ------------------------------------------------------------------------------------
 
+MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
-HEX = rb"([0-9a-f]{1,16})"
-MAPPING = re.compile(rb"^%b-%b \S+ %b (\S+) (\d+) *(.*)\n" % (HEX, HEX, HEX), re.M)
-VSYSCALL = 1 << 63  # from here on, pagemap covers nothing
 HOLE = 256  # pages that cost less to read over than another call
 SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
+
+
+def unpack(words: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(words) // WORD}Q", words)
+
+
+def pfns_of(entries: bytes) -> list[int]:
+    """The PFNs in entries, or what stands in their bits."""
+    if entries[4::WORD].count(0) == len(entries) // WORD and sys.byteorder == "little":
+        return memoryview(entries).cast("I")[::2].tolist()  # in a quarter of the time
+    return [entry & PFN_MASK for entry in unpack(entries)]
 
 
 class Vma(NamedTuple):
@@ -295,19 +272,19 @@ class Vma(NamedTuple):
 
 
 def parse_maps(maps: bytes, page_size: int) -> list[Vma]:
-    """The VMAs in /proc/PID/maps (proc.rst), without [vsyscall].  Error on a malformed line."""
-    vmas = []
+    """The VMAs in /proc/PID/maps (proc.rst).  Error on a malformed line."""
     lines = MAPPING.findall(maps)
     if len(lines) != maps.count(b"\n"):
         raise Error("cannot make out the kernel's list of mappings")
-    for low, high, offset, device, inode, name in lines:
-        start, end = int(low, 16), int(high, 16)
-        file = device + b" " + inode
-        if inode == b"0":
-            file = None if name.startswith(ANONYMOUS) else name or None
-        if start < VSYSCALL:
-            start, end = start // page_size, end // page_size
-            vmas.append(Vma(start, end, int(offset, 16) // page_size - start if file else 0, file))
+    vmas = []
+    for low, high, offset, file, name in lines:
+        if name == b"[vsyscall]":  # which pagemap does not cover
+            continue
+        if file.endswith(b" 0"):  # no inode, so no file
+            file = b"" if name.startswith(ANONYMOUS) else name
+        start, end = int(low, 16) // page_size, int(high, 16) // page_size
+        shift = int(offset, 16) // page_size - start if file else 0
+        vmas.append(Vma(start, end, shift, file or None))
     return vmas
 
 
@@ -399,20 +376,16 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
 
     chosen: set[int] = set()
     below = [*roots]
-    while below:
-        pid = below.pop()
+    for pid in below:  # which grows meanwhile
         if pid not in chosen:
             chosen.add(pid)
             below += children[pid]
-    chosen = (chosen | members) & stats.keys()
-    pid = own_pid
-    chosen.discard(pid)
-    while pid in stats:
-        child, pid = pid, stats[pid].ppid
-        if pid not in stats or stats[pid].name not in WAITERS or children[pid] != [child]:
-            break
+    chosen = (chosen | members) & stats.keys() - {own_pid}
+    child, pid = own_pid, stats[own_pid].ppid if own_pid in stats else 0
+    while pid in stats and stats[pid].name in WAITERS and children[pid] == [child]:
         if pid not in roots:
             chosen.discard(pid)
+        child, pid = pid, stats[pid].ppid
 
     # Those whose parents are not chosen are tried first, and have the others below them; but
     # parents form a circle where a PID was used anew meanwhile.
@@ -446,22 +419,20 @@ def cgroup_members(machine: Machine, path: str) -> set[int]:
 
     A path that is no control group's directory is looked up where they are mounted: v2, then v1.
     """
-    directories = [path]
-    for line in os.fsdecode(machine.read(f"{machine.proc}/self/mountinfo")).splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        if path and filesystem.startswith("cgroup"):
-            at = 1 if filesystem.startswith("cgroup2 ") else len(directories)
-            directories.insert(at, f"{mount.split()[4]}/{path.strip('/')}")
-    directories = [each for each in directories if os.path.exists(f"{each}/cgroup.procs")]
-    if not directories:
+    lines = os.fsdecode(machine.read(f"{machine.proc}/self/mounts"))
+    mounts = re.findall(r"^\S* (\S+) (cgroup2?) ", lines, re.M)
+    mounts.sort(key=itemgetter(1), reverse=True)
+    groups = [path, *(f"{mount}/{path.strip('/')}" for mount, _ in mounts if path)]
+    groups = [group for group in groups if os.path.exists(f"{group}/cgroup.procs")]
+    if not groups:
         raise Error(f"there is no control group {path!r}")
     pids: set[int] = set()
-    for directory, _, _ in os.walk(directories[0]):
+    for directory, _, _ in os.walk(groups[0]):
         try:
             pids.update(map(int, machine.read(f"{directory}/cgroup.procs").split()))
         except OSError as error:
             # Groups below come and go; what is in threaded ones, the one above them lists.
-            if directory == directories[0]:
+            if directory == groups[0]:
                 threaded = error.errno == errno.EOPNOTSUPP
                 why = "a threaded group; name the one above it" if threaded else error.strerror
                 raise Error(f"{directory}/cgroup.procs: {why}") from None
@@ -532,13 +503,19 @@ class Process:
 class Reader:
     """Reads processes, one after the other."""
 
-    def __init__(
-        self, machine: Machine, kernel: Kernel | None, columns: set[str], progress: Progress
-    ) -> None:
+    def __init__(self, machine: Machine, kernel: Any, columns: set[str], processes: int) -> None:
         self.machine, self.kernel, self.columns = machine, kernel, columns
-        self.progress = progress
         # By witness: the last row that has it, and its pagemap's path.
         self.witnesses: dict[Pair, tuple[int, str]] = {}
+        self.processes, self.pages, self.eraser = processes, 0, ""
+        self.next_line = time.monotonic() + 1
+
+    def _tell_progress(self, done: int, pages: int) -> None:
+        """A line on stderr if that is a terminal and it takes long; `eraser` takes it away."""
+        self.pages += pages
+        if time.monotonic() > self.next_line and sys.stderr and sys.stderr.isatty():
+            write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
+            self.eraser, self.next_line = "\r\033[K", time.monotonic() + 0.1
 
     def read(self, number: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
@@ -574,17 +551,15 @@ class Reader:
             thread = living_thread(machine, node)
             if self.kernel and thread is not None:
                 try:
-                    self._read_pages(self.kernel, number, process, thread, directory)
+                    self._read_pages(number, process, thread, directory)
                 except PermissionError as error:
                     process.unread = reason(error)
             if not parse_stat(machine.read("stat", directory)).is_same(node.stat):
                 raise ProcessLookupError
         return process
 
-    def _read_pages(
-        self, kernel: Kernel, number: int, process: Process, thread: str, directory: int
-    ) -> None:
-        machine, size = self.machine, max(SPAN, kernel.pmd_pages)
+    def _read_pages(self, row: int, process: Process, thread: str, directory: int) -> None:
+        machine, size = self.machine, max(SPAN, self.kernel.pmd_pages)
         with machine.opened(f"{thread}pagemap", directory) as pagemap:
             vmas = parse_maps(machine.read(f"{thread}maps", directory), machine.page_size)
             files = joined(vmas)
@@ -596,13 +571,13 @@ class Reader:
                     entries = machine.words(pagemap, start, stop - start)
                     if len(entries) != (stop - start) * WORD:
                         raise ProcessLookupError
-                    process.add(kernel, files, start, entries)
-                    self.progress(number - 1, stop - start)
+                    process.add(self.kernel, files, start, entries)
+                    self._tell_progress(row - 1, stop - start)
                     start = stop
             if process.witness:
                 process.sibling = self._find_vm_sibling(process.witness, pagemap)
                 path = f"{machine.proc}/{process.row['pid']}/{thread}pagemap"
-                self.witnesses[process.witness] = number, path
+                self.witnesses[process.witness] = row, path
 
     def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int | None:
         """The last row that has the same ANON_EXCLUSIVE frame there now (CLONE_VM, vfork)."""
@@ -830,9 +805,8 @@ class Ledger:
         self.seen[last] += min(frames, known)
         self.seen[NOBODY] += frames - min(frames, known)
         space[:] = first, self.row, max(frames, known)
-        size = self.kernel.pmd_pages
         for page, entry in huge:  # as a whole, if nobody else has any of it
-            pfn = entry & PFN_MASK
+            pfn, size = entry & PFN_MASK, self.kernel.pmd_pages
             self._reach(pfn + size - 1)
             marks = self.marks[pfn : pfn + size]
             if not any(marks):
@@ -980,8 +954,8 @@ class Ledger:
 class Census:
     """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
 
-    def __init__(self, kernel: Kernel, nodes: list[Node]) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel | None, nodes: list[Node]) -> None:
+        self.kernel: Any = kernel
         self.parents = [0, *(node.parent for node in nodes)]
         # A frame that is freed and used anew meanwhile can come as either, so that each has marks.
         self.anon, self.file = Ledger(self.parents, kernel), Ledger(self.parents, kernel)
@@ -1030,12 +1004,15 @@ class Census:
 
     def add_up(self, with_freed: bool) -> None:
         """All rows are counted; with FREED, how often the machine maps their frames is read."""
+        with_freed = with_freed and self.kernel
         mapcounts = mapcounts_of(self.kernel, self.anon, self.file) if with_freed else None
         for ledger in (self.anon, self.file, *self.slots.values()):
             ledger.add_up(mapcounts if ledger.kernel else None)
 
     def figures(self, row: int) -> dict[str, int]:
         """What was counted of a row; after add_up()."""
+        if not self.kernel:
+            return {}
         anon, file = self.anon, self.file
         sizes = {
             "size": anon.own[row] + file.own[row],
@@ -1091,19 +1068,18 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
             thread.start()
         except RuntimeError:  # too little memory, or as many threads as there may be
             raise Error("cannot start a thread") from None
-    reader = Reader(machine, kernel, columns, Progress(len(nodes)))
-    census = Census(kernel, nodes) if kernel else None
+    reader = Reader(machine, kernel, columns, len(nodes))
+    census = Census(kernel, nodes)
     processes: list[Process | None] = []
     for number, node in enumerate(nodes, 1):
         process = reader.read(number, node)
         processes.append(process)
-        if census and process:
+        if process:
             census.count(number, process)
-    if census:
-        census.add_up("freed" in columns)
+    census.add_up("freed" in columns)
     if thread.is_alive():
         thread.join()
-    write(reader.progress.eraser, sys.stderr)
+    write(reader.eraser, sys.stderr)
 
     report = Report([], {}, {}, [])
     depths = [-1]
@@ -1113,7 +1089,7 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
         if not process:
             report.exited.append(node.pid)
             continue
-        row = {**process.row, "depth": depths[-1], **(census.figures(number) if census else {})}
+        row = {**process.row, "depth": depths[-1], **census.figures(number)}
         if figures:
             found = figures[number - 1]
             if found is None or not process.stat.is_same(node.stat):  # or of another image
@@ -1128,7 +1104,7 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
             row = {name: value for name, value in row.items() if name not in FIGURES}
         report.rows.append(row)
     sums = {name: sum(row.get(name, 0) for row in report.rows) for name in SUMS & columns}
-    report.total.update(sums, **(census.figures(0) if census else {}))
+    report.total.update(sums, **census.figures(0))
     return report
 
 
@@ -1257,21 +1233,6 @@ def write(text: str, stream: TextIO | None) -> None:
 
 def complain(*messages: str) -> None:
     write("".join(f"memuse: {escaped(message)}\n" for message in messages), sys.stderr)
-
-
-class Progress:
-    """A line on stderr about what is going on, if that is a terminal and it takes long."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes, self.pages, self.eraser = processes, 0, ""
-        self.next = time.monotonic() + 1
-
-    def __call__(self, done: int, pages: int) -> None:
-        """So many processes are read, and so many more pages."""
-        self.pages += pages
-        if time.monotonic() > self.next and sys.stderr and sys.stderr.isatty():
-            write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
-            self.eraser, self.next = "\r\033[K", time.monotonic() + 0.1
 
 
 # ---- The command line ---------------------------------------------------------------------------

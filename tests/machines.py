@@ -242,7 +242,7 @@ class MapsFile(memuse.Machine):
 
     @contextmanager
     def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
-        if path == f"/proc/{os.getpid()}/maps":
+        if path == "/proc/self/maps":
             self.map_it("before")
         with super().opened(path, directory) as fd:
             yield fd
