@@ -174,9 +174,9 @@ class Kernel:
     def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
         """PermissionError if frames may not be seen; it names the file that refuses."""
         self.machine = machine
-        # Memory that is only read maps the zero page.  s390 has up to 128, and MIPS has some: there
-        # the address chooses one.
-        with mmap.mmap(-1, 128 * mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ) as memory:
+        # Memory that is only read maps the zero page.  Some architectures have several, and choose
+        # one by the address (up to 128 on s390: arch/s390/mm/init.c).
+        with lazy_bytes(128 * mmap.PAGESIZE) as memory:
             memory[:: mmap.PAGESIZE]
             own = {*self.own_pfns(ANON_OR_DEVICE)}
         if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
@@ -188,9 +188,9 @@ class Kernel:
         with contextlib.suppress(FileNotFoundError):
             size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
             self.pmd_pages = int(size) // machine.page_size
-        words = [1] * self.pmd_pages, range(self.pmd_pages)
-        packed = [struct.pack(f"<{self.pmd_pages}Q", *each) for each in words]
-        self.ones, self.ramp = (int.from_bytes(each, "little") for each in packed)
+        words = struct.Struct(f"<{self.pmd_pages}Q")
+        self.ones = int.from_bytes(words.pack(*[1] * self.pmd_pages), "little")
+        self.ramp = int.from_bytes(words.pack(*range(self.pmd_pages)), "little")
 
     def own_pfns(self, kind: int) -> list[int]:
         """The PFNs of all pages of memuse itself that are of this kind."""
@@ -209,37 +209,7 @@ class Kernel:
 
     def has(self, pfn: int, flag: int) -> bool:
         """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
-        return any(word & flag for word in unpack(self.machine.words(self.flags, pfn, 1)))
-
-
-# ---- Columns ------------------------------------------------------------------------------------
-
-COLUMNS = {
-    "pid": ("PID", "process"),
-    "ppid": ("PPID", "its parent"),
-    "user": ("USER", "its owner"),
-    "frames": ("FRAMES", "distinct page frames that hold its memory"),
-    "unique": ("+UNIQUE", "frames not already counted in a row above"),
-    "size": ("SIZE", "FRAMES as memory"),
-    "tree": ("TREE", "memory that it and all below it occupy together"),
-    "freed": ("FREED", "the part of TREE that is freed when these all exit"),
-    "anon": ("ANON", "the part of SIZE that is anonymous memory"),
-    "file": ("FILE", "the part of SIZE that is files and shared memory"),
-    "rss": ("RSS", "resident memory, the kernel's figure"),
-    "pss": ("PSS", "RSS with each page divided by its mappings, the kernel's figure"),
-    "uss": ("USS", "the part of RSS that it alone maps, the kernel's figure"),
-    "pte": ("PTE", "its page tables, which no other column has"),
-    "swap": ("SWAP", "distinct swap slots as memory"),
-    "command": ("COMMAND", "command line, drawn as a tree"),
-}
-FROM_PAGEMAP = {"frames", "unique", "size", "tree", "freed", "anon", "file", "swap"}
-ROLLUP = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}  # fields that begin so are added up
-SUMS = {"rss", "pss", "pte"}
-FIGURES = FROM_PAGEMAP | ROLLUP.keys() | SUMS
-SIZES, TEXTS = FIGURES - {"frames", "unique"}, {"user", "command"}
-IN_TABLE = ["pid", "frames", "unique", "size", "tree", "freed", "pss", "swap", "command"]
-IN_JSON = ["pid", "ppid", "depth", "frames", "unique", "size", "tree", "freed", "anon", "file"]
-IN_JSON += ["rss", "pss", "uss", "swap", "command"]
+        return bool(int.from_bytes(self.machine.words(self.flags, pfn, 1), "little") & flag)
 
 
 # ---- Parsing ------------------------------------------------------------------------------------
@@ -317,18 +287,15 @@ class Stat(NamedTuple):
     flags: int
     threads: int
     started: bytes  # clock ticks after boot
-    image: list[bytes]  # where exec put code, stack, data and arguments
-
-    def is_same(self, other: Stat) -> bool:
-        """Whether both are of one process, which did not call exec between them."""
-        return (self.started, self.image) == (other.started, other.image)
+    image: list[bytes]  # the same, and where exec put code, stack, data and arguments
 
 
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
     ppid, flags, threads = int(fields[1]), int(fields[6]), int(fields[17])
-    return Stat(name, fields[0], ppid, flags, threads, fields[19], fields[23:26] + fields[42:49])
+    image = [fields[19], *fields[23:26], *fields[42:49]]
+    return Stat(name, fields[0], ppid, flags, threads, fields[19], image)
 
 
 def command_line(cmdline: bytes, name: bytes) -> str:
@@ -452,7 +419,7 @@ class Process:
 
     EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have its first
     page's bit (before Linux 6.11, and seen again in 6.18), while others may have its other
-    pages, having copied or given up the first after a fork.  So these are kept apart.
+    pages.  So these are kept apart.
     """
 
     def __init__(self, stat: Stat, row: Row, unread: str | None = None) -> None:
@@ -488,12 +455,14 @@ class Process:
         for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
             entry = int.from_bytes(entries[at : at + WORD], "little")
             pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
-            if pfn % pages or entries[at : at + size] != kernel.huge_entries(entry):
+            if kind == NOTHING or pfn % pages:
+                continue
+            if entries[at : at + size] != kernel.huge_entries(entry):
                 continue
             if kind == ANON_EXCLUSIVE:
                 self.huge.append((start + at // WORD, entry))
                 self.witness = self.witness or (start + at // WORD, pfn)
-            elif kind == NOTHING or not kernel.has(pfn, KPF_ZERO_PAGE):
+            elif not kernel.has(pfn, KPF_ZERO_PAGE):
                 continue
             left = left or bytearray(entries)
             left[at : at + size] = bytes(size)
@@ -537,12 +506,11 @@ class Reader:
         Its files are opened by way of one descriptor of its directory, between two looks at its
         stat.  So they belong to one process and to one mm, and are empty once that is gone.
         """
-        machine, columns, cmdline = self.machine, self.columns, b""
+        machine, columns = self.machine, self.columns
         process = Process(node.stat, {"pid": node.pid, "ppid": node.stat.ppid})
         with machine.opened(f"{machine.proc}/{node.pid}") as directory:
             if "command" in columns:
-                with contextlib.suppress(PermissionError):
-                    cmdline = machine.read("cmdline", directory, COMMAND_LIMIT + 1)
+                cmdline = machine.read("cmdline", directory, COMMAND_LIMIT + 1)
                 process.row["command"] = command_line(cmdline, node.stat.name)
             if "user" in columns:
                 process.row["user"] = psutil.Process(node.pid).username()
@@ -554,7 +522,7 @@ class Reader:
                     self._read_pages(number, process, thread, directory)
                 except PermissionError as error:
                     process.unread = reason(error)
-            if not parse_stat(machine.read("stat", directory)).is_same(node.stat):
+            if parse_stat(machine.read("stat", directory)).image != node.stat.image:
                 raise ProcessLookupError
         return process
 
@@ -620,7 +588,7 @@ def kernel_figures(machine: Machine, node: Node) -> dict[str, int] | Exception |
         return None
     except (MemoryError, OSError) as error:
         return error  # a value: in a thread there is nobody to catch it
-    if not stat or not stat.is_same(node.stat) or (thread is not None and not text):
+    if not stat or stat.image != node.stat.image or (thread is not None and not text):
         return None
     return {name: size_of(field, text) for name, field in ROLLUP.items()}
 
@@ -649,11 +617,6 @@ def how_many(lanes: int) -> int:
     return as_bytes(lanes).count(0x80)
 
 
-def filled(lanes: int) -> int:
-    """0xFF where lanes are marked by 0x80."""
-    return (lanes << 1) - (lanes >> 7)
-
-
 def lazy_bytes(size: int) -> mmap.mmap:
     """Zeros that take memory only once they are written to."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
@@ -675,10 +638,8 @@ class Block:
         # By row, the lanes with frames that this row had first, or last.
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
-        # How often the set maps each lane's frame: integers to be added up, each of which is the
-        # sum of as many additions as a byte can count.
-        self.mapped: list[int] = []
-        self.additions = 0
+        self.mapped = 0  # how often the set maps each lane's frame
+        self.additions = 0  # to that, as many as a byte can count
 
     def same(self, planes: list[int], lanes: int) -> int:
         """Those of the lanes that are known, and have the same PFNs here as there."""
@@ -687,14 +648,14 @@ class Block:
             differ = 0
             for one, other in zip(planes, self.planes):
                 differ |= one ^ other
-            sevens = filled(lanes) ^ lanes
+            sevens = lanes - (lanes >> 7)  # 0x7F in each of these lanes
             differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
             lanes &= ~differ
         return lanes
 
     def enter(self, row: int, planes: list[int], lanes: int, seen: dict[int, int]) -> None:
         """Know these PFNs, which the row has first, in lanes not known before."""
-        fill = filled(lanes)
+        fill = (lanes << 1) - (lanes >> 7)  # 0xFF in each of these lanes
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.known |= lanes
         self.first[row] = self.first.get(row, 0) | lanes
@@ -703,10 +664,8 @@ class Block:
     def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
         """The row has the frames in these lanes; add to `seen` which rows had them last."""
         if mapped:
-            if self.additions % 255 == 0:
-                self.mapped.append(0)
+            self.mapped += lanes >> 7
             self.additions += 1
-            self.mapped[-1] += lanes >> 7
         own = self.last.pop(row, 0)  # what the row has already, it maps twice
         others, self.last = self.last, {row: own | lanes}
         for other, theirs in others.items():
@@ -731,31 +690,24 @@ class Block:
             entries[i : len(low) * WORD : WORD] = low
         return pfns_of(bytes(entries))
 
-    def mappings(self) -> list[int]:
-        """How often the set maps each lane's frame, up to the last one known."""
-        size = len(as_bytes(self.known))
-        sums = [as_bytes(mapped).ljust(size, b"\0") for mapped in self.mapped]
-        return [*sums[0]] if len(sums) == 1 else [*map(sum, zip(bytes(size), *sums))]
-
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes known that are mapped at most as often as the set maps them."""
         there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
-        return int.from_bytes(map(le, there, self.mappings()), "little") << 7 & self.known
+        mapped = self.mapped.to_bytes(LANES, "little")
+        return int.from_bytes(map(le, there, mapped), "little") << 7 & self.known
 
 
 class Ledger:
     """Counts frames of anonymous memory, or of files, or the slots of a swap area, each once.
 
     A frame that may be shared is entered in a Block, at the place where it is first met: an
-    address, or a page of a file.  There, forked processes and processes that map a file have the
-    same.  This is exact because a PFN is known at one place only: `marks` tells which are known.
-    If it is met elsewhere (KSM, mremap), all of its Block's frames become single, known one by
-    one by their PFNs.  So are frames at a place where others are known (copies that grandchildren
-    share).  A swap slot's number in its area stands for a PFN.
+    address, or a page of a file.  There, forked processes and those that map the file have it,
+    too.  A PFN is known at one place only, as `marks` tells.  If it is met elsewhere (KSM, mremap),
+    its whole Block becomes single: frames known one by one, by their PFNs.  So are frames at a
+    place where another is known (copies that grandchildren share).
 
-    Rows come depth first.  Of each frame, the first and the last row that had it are known: their
-    lowest common ancestor is that of all that have it.  The next row that comes with it and the
-    last are a pair that has it in common.
+    Rows come depth first.  The lowest common ancestor of the first and the last row that had a
+    frame is that of all that have it.  The next row and the last are a pair that has it in common.
     """
 
     def __init__(self, parents: list[int], kernel: Any = None) -> None:
@@ -766,12 +718,10 @@ class Ledger:
         self.marked: dict[int, list[Place]] = defaultdict(list)  # places of Blocks by their mark
         # By PFN // SINGLES: first row, last row and number of mappings of each, interleaved.
         self.singles: dict[int, array.array[int]] = {}
-        self.claims: dict[int, Pair] = {}  # by first PFN of huge pages: first, last row
-        # By row: the first and the last row that share its address space, and how many private
-        # frames that has; siblings have the same list.
-        self.spaces: dict[int, list[int]] = {}
-        # By row: what it has; what no row above has; and, until add_up(), what is to be summed
-        # over subtrees.
+        # An address space: the first and the last row that share it, and its private frames.
+        self.spaces: dict[int, list[int]] = {}  # by row; siblings have the same
+        self.claims: dict[int, list[int]] = {}  # by the first PFNs of its private huge pages
+        # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         self.own, self.new, self.below, self.freed = ([0] * len(parents) for _ in range(4))
         for pfn in kernel.zero_pages if kernel else ():
             self._reach(pfn)
@@ -811,11 +761,10 @@ class Ledger:
             marks = self.marks[pfn : pfn + size]
             if not any(marks):
                 self.marks[pfn : pfn + size] = bytes([CLAIMED]) * size
-                self.claims[pfn] = self.row, self.row
+                self.claims[pfn] = space
                 self.seen[NOBODY] += size
-            elif marks.count(CLAIMED) == size and self.claims[pfn][1] == self.sibling:
-                self.claims[pfn] = self.claims[pfn][0], self.row
-                self.seen[self.sibling] += size
+            elif marks.count(CLAIMED) == size and self.claims[pfn] is space:
+                self.seen[last] += size
             else:
                 self.add(None, page, self.kernel.huge_entries(entry), b"\x80" * size)
 
@@ -833,7 +782,8 @@ class Ledger:
                 self.marked[block.mark].append(place)
             if block:
                 left = self._add_to(block, lane, part, left)
-                if max(len(block.first), len(block.last)) > MAX_ROWS:
+                many_rows = max(len(block.first), len(block.last)) > MAX_ROWS
+                if many_rows or block.additions == 255:
                     self._dissolve(place)
             if left:
                 self._look_at(self._pfns(part, left))
@@ -875,7 +825,8 @@ class Ledger:
                 self.astray.append(pfn)
             elif mark != UNREAL:
                 if mark == CLAIMED:
-                    self._make_single(pfn, *self.claims[pfn - pfn % self.kernel.pmd_pages], 1)
+                    first, last, _ = self.claims[pfn - pfn % self.kernel.pmd_pages]
+                    self._make_single(pfn, first, last, 1)
                 elif mark != SINGLE:
                     self._make_single(pfn, row, NOBODY, 0)
                 frames, at = singles[pfn // SINGLES], pfn % SINGLES * 3
@@ -897,10 +848,10 @@ class Ledger:
         """Have the frames of a Block single, if it is there still."""
         block, self.blocks[place] = self.blocks[place], None
         if block:
-            pfns, mappings = block.pfns(), block.mappings()
+            pfns, mapped = block.pfns(), block.mapped.to_bytes(LANES, "little")
             for first, last, lanes in block.by_rows():
                 for lane in compress(count(), as_bytes(lanes)):
-                    self._make_single(pfns[lane], first, last, mappings[lane])
+                    self._make_single(pfns[lane], first, last, mapped[lane])
 
     def finish(self) -> None:
         """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
@@ -935,7 +886,7 @@ class Ledger:
         # Their mapcount is what the set maps, or less where a process has ended meanwhile.
         for first, last, private in {id(space): space for space in self.spaces.values()}.values():
             yield first, last, private
-        for pfn, (first, last) in self.claims.items():
+        for pfn, (first, last, _) in self.claims.items():
             end = pfn + self.kernel.pmd_pages
             pairs = zip(mapcounts[pfn:end], self.marks[pfn:end])
             yield first, last, sum(n <= 1 and mark == CLAIMED for n, mark in pairs)
@@ -972,23 +923,17 @@ class Census:
                 of_file = kinds.translate(EQUALS[FILE_PAGE])
                 self.file.add(vma.file, start + vma.shift, entries, of_file)
             if ANON_OR_DEVICE in kinds:
-                anon = kinds.translate(EQUALS[ANON_OR_DEVICE])
-                if vma.file:
-                    anon = self._without_devices(entries, anon)
-                self.anon.add(None, start, entries, anon)
+                anon = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
+                # In a file's VMA it is a device's memory, which is left out, or copies of the file.
+                for at, pfn in compress(enumerate(pfns_of(entries)), anon) if vma.file else ():
+                    if not (self.anon.is_known(pfn) or self.kernel.has(pfn, KPF_ANON)):
+                        anon[at] = 0
+                self.anon.add(None, start, entries, bytes(anon))
             if IN_SWAP in kinds:
                 self._add_swapped(start, entries, kinds.translate(EQUALS[IN_SWAP]))
         process.pieces.clear()  # before those of the next one are read
         for ledger in (self.anon, self.file, *self.slots.values()):
             ledger.finish()
-
-    def _without_devices(self, entries: bytes, chosen: bytes) -> bytes:
-        """Leave out a device's memory; what else is no file's in a file's VMA, are copies."""
-        left = bytearray(chosen)
-        for at, pfn in compress(enumerate(pfns_of(entries)), chosen):
-            if not (self.anon.is_known(pfn) or self.kernel.has(pfn, KPF_ANON)):
-                left[at] = 0
-        return bytes(left)
 
     def _add_swapped(self, start: int, entries: bytes, chosen: bytes) -> None:
         """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
@@ -1049,6 +994,33 @@ def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
 
 # ---- The report ---------------------------------------------------------------------------------
 
+COLUMNS = {
+    "pid": ("PID", "process"),
+    "ppid": ("PPID", "its parent"),
+    "user": ("USER", "its owner"),
+    "frames": ("FRAMES", "distinct page frames that hold its memory"),
+    "unique": ("+UNIQUE", "frames not already counted in a row above"),
+    "size": ("SIZE", "FRAMES as memory"),
+    "tree": ("TREE", "memory that it and all below it occupy together"),
+    "freed": ("FREED", "the part of TREE that is freed when these all exit"),
+    "anon": ("ANON", "the part of SIZE that is anonymous memory"),
+    "file": ("FILE", "the part of SIZE that is files and shared memory"),
+    "rss": ("RSS", "resident memory, the kernel's figure"),
+    "pss": ("PSS", "RSS with each page divided by its mappings, the kernel's figure"),
+    "uss": ("USS", "the part of RSS that it alone maps, the kernel's figure"),
+    "pte": ("PTE", "its page tables, which no other column has"),
+    "swap": ("SWAP", "distinct swap slots as memory"),
+    "command": ("COMMAND", "command line, drawn as a tree"),
+}
+FROM_PAGEMAP = {"frames", "unique", "size", "tree", "freed", "anon", "file", "swap"}
+ROLLUP = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}  # fields that begin so are added up
+SUMS = {"rss", "pss", "pte"}
+FIGURES = FROM_PAGEMAP | ROLLUP.keys() | SUMS
+SIZES, TEXTS = FIGURES - {"frames", "unique"}, {"user", "command"}
+IN_TABLE = ["pid", "frames", "unique", "size", "tree", "freed", "pss", "swap", "command"]
+IN_JSON = ["pid", "ppid", "depth", "frames", "unique", "size", "tree", "freed", "anon", "file"]
+IN_JSON += ["rss", "pss", "uss", "swap", "command"]
+
 
 class Report(NamedTuple):
     rows: list[Row]
@@ -1060,14 +1032,12 @@ class Report(NamedTuple):
 def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]) -> Report:
     """Read and count these processes as one set; without a kernel, no page tables."""
     # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
-    figures: list[dict[str, int] | Exception | None] = []
-    of_nodes = (kernel_figures(machine, node) for node in nodes)
-    thread = threading.Thread(target=figures.extend, args=[of_nodes], daemon=True)
+    figures: dict[int, dict[str, int] | Exception | None] = {}
+    of_rows = ((row, kernel_figures(machine, node)) for row, node in enumerate(nodes, 1))
+    thread = threading.Thread(target=figures.update, args=[of_rows], daemon=True)
     if not columns.isdisjoint(ROLLUP):
-        try:
+        with contextlib.suppress(RuntimeError):  # as many threads as there may be: see below
             thread.start()
-        except RuntimeError:  # too little memory, or as many threads as there may be
-            raise Error("cannot start a thread") from None
     reader = Reader(machine, kernel, columns, len(nodes))
     census = Census(kernel, nodes)
     processes: list[Process | None] = []
@@ -1090,9 +1060,9 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
             report.exited.append(node.pid)
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
-        if figures:
-            found = figures[number - 1]
-            if found is None or not process.stat.is_same(node.stat):  # or of another image
+        if not columns.isdisjoint(ROLLUP):
+            found = figures.get(number)
+            if found is None or process.stat.image != node.stat.image:  # or of another image
                 found = kernel_figures(machine, node._replace(stat=process.stat)) or {}
             if isinstance(found, PermissionError):
                 process.unread, found = process.unread or reason(found), {}
@@ -1106,9 +1076,6 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
     sums = {name: sum(row.get(name, 0) for row in report.rows) for name in SUMS & columns}
     report.total.update(sums, **census.figures(0))
     return report
-
-
-# ---- Output -------------------------------------------------------------------------------------
 
 
 def kib(size: int) -> str:
@@ -1146,10 +1113,9 @@ def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     return lines[::-1]
 
 
-def table(
-    report: Report, columns: list[str], size: Callable[[int], str], width: int, encoding: str
-) -> list[str]:
+def table(report: Report, columns: list[str], size: Callable[[int], str], width: int) -> list[str]:
     """Header, processes, TOTAL.  Of lines longer than `width`, if any, only the command is cut."""
+    encoding = sys.stdout.encoding
 
     def cell(row: Row, name: str) -> str:
         value = row.get(name)
@@ -1350,7 +1316,7 @@ def run(machine: Machine, argv: list[str]) -> int:
     if arguments.json:
         lines = [as_json(report, columns, machine.page_size)]
     else:
-        lines = table(report, columns, arguments.size, width_of_output(), sys.stdout.encoding)
+        lines = table(report, columns, arguments.size, width_of_output())
     write("".join(f"{line}\n" for line in lines), sys.stdout)
     others = len(report.exited) - len(gone)
     notes = [f"{plural(others)} exited while being read"] if others else []

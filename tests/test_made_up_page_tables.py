@@ -120,7 +120,7 @@ processes = st.lists(st.lists(areas, min_size=1, max_size=4), min_size=1, max_si
 patches = st.fixed_dictionaries(
     {},
     optional={
-        "SPAN": st.sampled_from([100, 512, 1536]),
+        "SPAN": st.sampled_from([96, 512, 1536]),
         "FEW": st.sampled_from([0, 3]),
         "MAX_ROWS": st.sampled_from([1, 2]),
         "LANES": st.sampled_from([256, 1000]),

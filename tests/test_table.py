@@ -68,7 +68,7 @@ REPORT = module.Report(ROWS, TOTAL, {77: "pagemap: Permission denied"}, [])
 
 
 def table(*columns: str, size: Any = module.kib, width: int = 0) -> list[str]:
-    return module.table(REPORT, [*columns] or module.IN_TABLE, size, width, "utf-8")
+    return module.table(REPORT, [*columns] or module.IN_TABLE, size, width)
 
 
 def test_table() -> None:
