@@ -8,9 +8,10 @@
     11948  52607    1574 210428 210428   6296  75125    0  └─ python3 server.py
     TOTAL  56415   56415 225660 225660 223508 223695    0 KiB, 3 processes
 
-find_processes() makes rows of PIDs and control groups.  Reader reads one process whole, and Census
-counts it: its Ledger tells which frames other rows have too.  kernel_figures() are read in a
-thread meanwhile.  Census.add_up() makes TREE and FREED of it, table() or as_json() the output.
+find_processes() makes rows of PIDs and control groups.  survey() fills them: a Reader reads one
+process whole, and then a Census counts it, in a Ledger each for anonymous memory, for files and for
+the slots of a swap area; kernel_figures() are read in a thread meanwhile.  Census.add_up() makes
+TREE and FREED of it all, table() or as_json() the output.
 
 The kernel's interface is described in its Documentation/admin-guide/mm/pagemap.rst and
 Documentation/filesystems/proc.rst, "pagemap.rst" and "proc.rst" below.  PFN: page frame number.
