@@ -60,7 +60,7 @@ def shells() -> None:
 
 
 def opener() -> str:
-    """A FIFO, and a child that says "ready" once it has a sibling."""
+    """A FIFO, and a child that says "ready" once it has a sibling, which waits for the FIFO."""
     import shutil
     import tempfile
 
@@ -68,7 +68,8 @@ def opener() -> str:
     fifo, parent = f"{directory}/fifo", os.getpid()
     os.mkfifo(fifo)
     if os.fork() == 0:
-        wait_until(lambda: len(children_of(parent)) == 2)
+        own = os.getpid()
+        wait_until(lambda: [sleeps(pid) for pid in children_of(parent) if pid != own] == [True])
         shutil.rmtree(directory)
         say_ready()
         stand_still()
