@@ -639,8 +639,9 @@ class Block:
         # By row, the lanes with frames that this row had first, or last.
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
-        self.mapped = 0  # how often the set maps each lane's frame
-        self.additions = 0  # to that, as many as a byte can count
+        # How often the set maps each lane's frame: sums of as many additions as a byte can count.
+        self.mapped: list[int] = []
+        self.additions = 0
 
     def same(self, planes: list[int], lanes: int) -> int:
         """Those of the lanes that are known, and have the same PFNs here as there."""
@@ -665,8 +666,10 @@ class Block:
     def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
         """The row has the frames in these lanes; add to `seen` which rows had them last."""
         if mapped:
-            self.mapped += lanes >> 7
+            if self.additions % 255 == 0:
+                self.mapped.append(0)
             self.additions += 1
+            self.mapped[-1] += lanes >> 7
         own = self.last.pop(row, 0)  # what the row has already, it maps twice
         others, self.last = self.last, {row: own | lanes}
         for other, theirs in others.items():
@@ -691,11 +694,15 @@ class Block:
             entries[i : len(low) * WORD : WORD] = low
         return pfns_of(bytes(entries))
 
+    def mappings(self) -> list[int]:
+        """How often the set maps each lane's frame."""
+        sums = [mapped.to_bytes(LANES, "little") for mapped in self.mapped]
+        return [*sums[0]] if len(sums) == 1 else [*map(sum, zip(bytes(LANES), *sums))]
+
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes known that are mapped at most as often as the set maps them."""
         there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
-        mapped = self.mapped.to_bytes(LANES, "little")
-        return int.from_bytes(map(le, there, mapped), "little") << 7 & self.known
+        return int.from_bytes(map(le, there, self.mappings()), "little") << 7 & self.known
 
 
 class Ledger:
@@ -744,9 +751,10 @@ class Ledger:
 
     def marked_runs(self) -> Iterator[Pair]:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
+        nothing = bytes(MARKS_PART)
         for start in range(0, len(self.marks), MARKS_PART):
             part = self.marks[start : start + MARKS_PART]
-            for run in MARKED.finditer(part) if part != bytes(MARKS_PART) else ():
+            for run in MARKED.finditer(part) if part != nothing else ():
                 yield start + run.start(), len(run[0])
 
     def add_private(self, frames: int, huge: list[Pair]) -> None:
@@ -783,8 +791,7 @@ class Ledger:
                 self.marked[block.mark].append(place)
             if block:
                 left = self._add_to(block, lane, part, left)
-                many_rows = max(len(block.first), len(block.last)) > MAX_ROWS
-                if many_rows or block.additions == 255:
+                if max(len(block.first), len(block.last)) > MAX_ROWS:
                     self._dissolve(place)
             if left:
                 self._look_at(self._pfns(part, left))
@@ -849,7 +856,7 @@ class Ledger:
         """Have the frames of a Block single, if it is there still."""
         block, self.blocks[place] = self.blocks[place], None
         if block:
-            pfns, mapped = block.pfns(), block.mapped.to_bytes(LANES, "little")
+            pfns, mapped = block.pfns(), block.mappings()
             for first, last, lanes in block.by_rows():
                 for lane in compress(count(), as_bytes(lanes)):
                     self._make_single(pfns[lane], first, last, mapped[lane])
