@@ -293,6 +293,12 @@ def test_a_command_that_is_shortened_fits_and_keeps_its_tree(
     assert memuse.shortened(tree, command, 0, "…") == tree + command
 
 
+def test_long_commands_are_cut_in_no_time() -> None:
+    """Character by character, each measured whole, took minutes."""
+    shown = memuse.shortened(" └─ ", f"/{'ä' * 60_000}/program {'b' * 60_000}", 80, "…")
+    assert shown == f" └─ …/program {'b' * 66}"
+
+
 # ---- Noise ----------------------------------------------------------------------
 
 REAL_MAPS = Path("/proc/self/maps").read_bytes().splitlines(keepends=True)[:60]
