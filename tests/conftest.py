@@ -60,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Signals as a shell in the foreground has them, whatever started the tests."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     slow_machine = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile("any", deadline=None, suppress_health_check=slow_machine)
     hypothesis.settings.load_profile("any")
