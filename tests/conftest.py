@@ -30,7 +30,7 @@ TESTS = ROOT / "tests"
 MEMUSE = [sys.executable, str(ROOT / "memuse.py")]
 # Imported, for then Python keeps the compiled code.
 MACHINES = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})"]
-MACHINES[-1] += "; import machines; sys.exit(machines.main(*sys.argv[1:]))"
+MACHINES[-1] += "; import machines, os; os._exit(machines.main(*sys.argv[1:]))"
 sys.path.insert(0, str(ROOT))
 
 KIB, MIB = 1 << 10, 1 << 20
