@@ -1043,7 +1043,8 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
     figures: dict[int, dict[str, int] | Exception | None] = {}
     of_rows = ((row, kernel_figures(machine, node)) for row, node in enumerate(nodes, 1))
     thread = threading.Thread(target=figures.update, args=[of_rows], daemon=True)
-    if not columns.isdisjoint(ROLLUP):
+    with_figures = not columns.isdisjoint(ROLLUP)
+    if with_figures:
         with contextlib.suppress(RuntimeError):  # as many threads as there may be: see below
             thread.start()
     reader = Reader(machine, kernel, columns, len(nodes))
@@ -1068,7 +1069,7 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
             report.exited.append(node.pid)
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
-        if not columns.isdisjoint(ROLLUP):
+        if with_figures:
             found = figures.get(number)
             if found is None or process.stat.image != node.stat.image:  # or of another image
                 found = kernel_figures(machine, node._replace(stat=process.stat)) or {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -129,7 +128,7 @@ def test_too_little_memory_is_told_in_one_line_and_no_fault_of_a_process(
 def test_memory_that_ends_for_real_is_told_in_one_line_or_is_enough(kib: int, forked: int) -> None:
     result = simulated(f"Narrow {kib}", forked)
     if result.returncode:
-        assert re.search("not enough memory|cannot start a thread", fails(result))
+        assert "not enough memory" in fails(result)
     else:
         assert result.stderr == ""
         assert result.stdout.count("\n") == 6
