@@ -137,11 +137,10 @@ class Machine:
 
     def words(self, fd: int, first: int, number: int) -> bytes:
         """Words of pagemap or /proc/kpage*, as little-endian; fewer where the file ends."""
-        words = self.pread(fd, number * WORD, first * WORD)
+        words = array.array("Q", self.pread(fd, number * WORD, first * WORD))
         if self.byteorder == "big":
-            number = len(words) // WORD
-            words = struct.pack(f"<{number}Q", *struct.unpack(f">{number}Q", words))
-        return words
+            words.byteswap()
+        return words.tobytes()
 
     def next_resident(self, pagemap: int, start: int, end: int) -> int:
         """The first page from `start` on that may be present or swapped, or else `end`."""
@@ -189,9 +188,8 @@ class Kernel:
         with contextlib.suppress(FileNotFoundError):
             size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
             self.pmd_pages = int(size) // machine.page_size
-        words = struct.Struct(f"<{self.pmd_pages}Q")
-        self.ones = int.from_bytes(words.pack(*[1] * self.pmd_pages), "little")
-        self.ramp = int.from_bytes(words.pack(*range(self.pmd_pages)), "little")
+        ramp = struct.pack(f"<{self.pmd_pages}Q", *range(self.pmd_pages))
+        self.ramp = int.from_bytes(ramp, "little")
 
     def own_pfns(self, kind: int) -> list[int]:
         """The PFNs of all pages of memuse itself that are of this kind."""
@@ -206,7 +204,8 @@ class Kernel:
 
     def huge_entries(self, first: int) -> bytes:
         """The entries of a PMD-mapped huge page: the first's flags, and PFNs that go up by one."""
-        return (first * self.ones + self.ramp).to_bytes(self.pmd_pages * WORD, "little")
+        alike = int.from_bytes(first.to_bytes(WORD, "little") * self.pmd_pages, "little")
+        return (alike | self.ramp).to_bytes(self.pmd_pages * WORD, "little")  # the PFN is aligned
 
     def has(self, pfn: int, flag: int) -> bool:
         """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
@@ -222,8 +221,11 @@ SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,1
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
 
-def unpack(words: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(words) // WORD}Q", words)
+def unpack(words: bytes) -> array.array[int]:
+    numbers = array.array("Q", words)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
 
 
 def pfns_of(entries: bytes) -> list[int]:
@@ -336,8 +338,7 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
     two.  memuse is left out, and so are those right above that only wait for it, but for roots.
     """
     own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
-    found = {pid: machine.stat(pid) for pid in sorted(machine.pids())}
-    stats = {pid: stat for pid, stat in found.items() if stat}
+    stats = {pid: stat for pid in sorted(machine.pids()) if (stat := machine.stat(pid))}
     children: dict[int, list[int]] = defaultdict(list)
     for pid, stat in stats.items():
         children[stat.ppid].append(pid)
@@ -966,37 +967,35 @@ class Census:
         """What was counted of a row; after add_up()."""
         if not self.kernel:
             return {}
-        anon, file = self.anon, self.file
-        sizes = {
-            "size": anon.own[row] + file.own[row],
-            "tree": anon.below[row] + file.below[row],
-            "freed": anon.freed[row] + file.freed[row],
-            "anon": anon.own[row],
-            "file": file.own[row],
-            "swap": sum(ledger.own[row] for ledger in self.slots.values()),
+        anon, file, page = self.anon, self.file, self.kernel.machine.page_size
+        frames = anon.own[row] + file.own[row]
+        return {
+            "frames": frames,
+            "unique": anon.new[row] + file.new[row],
+            "size": frames * page,
+            "tree": (anon.below[row] + file.below[row]) * page,
+            "freed": (anon.freed[row] + file.freed[row]) * page,
+            "anon": anon.own[row] * page,
+            "file": file.own[row] * page,
+            "swap": sum(ledger.own[row] for ledger in self.slots.values()) * page,
         }
-        figures = {name: number * self.kernel.machine.page_size for name, number in sizes.items()}
-        return {"frames": sizes["size"], "unique": anon.new[row] + file.new[row], **figures}
 
 
 def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
     """By PFN, how often their frames are mapped, but by memuse (kpagecount, pagemap.rst)."""
-
-    def own_mappings() -> Counter[int]:
-        return Counter(filter(ledgers[-1].is_known, kernel.own_pfns(FILE_PAGE)))
-
     highest = max(len(ledger.marks) for ledger in ledgers)
-    mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
-    own = own_mappings()
+    mapcounts = memoryview(lazy_bytes(WORD * highest)).cast("Q")
+    own = Counter(kernel.own_pfns(FILE_PAGE))
     for _ in range(3):  # until they stand still: code that runs for the first time adds to them
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
             words = unpack(kernel.machine.words(kernel.counts, first, number))
-            mapcounts[first : first + len(words)] = array.array("I", words)
-        before, own = own, own_mappings()
+            mapcounts[first : first + len(words)] = words
+        before, own = own, Counter(kernel.own_pfns(FILE_PAGE))
         if own == before:
             break
     for pfn, times in own.items():
-        mapcounts[pfn] = max(0, mapcounts[pfn] - times)
+        if pfn < highest:
+            mapcounts[pfn] = max(0, mapcounts[pfn] - times)
     return mapcounts
 
 
@@ -1030,15 +1029,11 @@ IN_JSON = ["pid", "ppid", "depth", "frames", "unique", "size", "tree", "freed", 
 IN_JSON += ["rss", "pss", "uss", "swap", "command"]
 
 
-class Report(NamedTuple):
-    rows: list[Row]
-    total: Row
-    skipped: dict[int, str]  # PIDs of rows that could not be read, and why
-    exited: list[int]  # PIDs of processes that ended while they were read
+def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) -> list[Row]:
+    """Read and count these processes as one set; without a kernel, no page tables.
 
-
-def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]) -> Report:
-    """Read and count these processes as one set; without a kernel, no page tables."""
+    Returns a row for each that has not exited, and TOTAL.  "unread" tells why one was not read.
+    """
     # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
     figures: dict[int, dict[str, int] | Exception | None] = {}
     of_rows = ((row, kernel_figures(machine, node)) for row, node in enumerate(nodes, 1))
@@ -1060,13 +1055,12 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
         thread.join()
     write(reader.eraser, sys.stderr)
 
-    report = Report([], {}, {}, [])
+    rows: list[Row] = []
     depths = [-1]
     for number, (node, process) in enumerate(zip(nodes, processes), 1):
         # What is below one that exited is drawn below its parent.
         depths.append(depths[node.parent] + bool(process))
         if not process:
-            report.exited.append(node.pid)
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
         if with_figures:
@@ -1079,12 +1073,11 @@ def survey(machine: Machine, kernel: Kernel | None, columns: set[str], nodes: li
                 raise found
             row.update(found)
         if process.unread:
-            report.skipped[node.pid] = process.unread
             row = {name: value for name, value in row.items() if name not in FIGURES}
-        report.rows.append(row)
-    sums = {name: sum(row.get(name, 0) for row in report.rows) for name in SUMS & columns}
-    report.total.update(sums, **census.figures(0))
-    return report
+            row["unread"] = process.unread
+        rows.append(row)
+    sums = {name: sum(row.get(name, 0) for row in rows) for name in SUMS & columns}
+    return [*rows, {**sums, **census.figures(0)}]
 
 
 def kib(size: int) -> str:
@@ -1122,7 +1115,7 @@ def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     return lines[::-1]
 
 
-def table(report: Report, columns: list[str], size: Callable[[int], str], width: int) -> list[str]:
+def table(rows: list[Row], columns: list[str], size: Callable[[int], str], width: int) -> list[str]:
     """Header, processes, TOTAL.  Of lines longer than `width`, if any, only the command is cut."""
     encoding = sys.stdout.encoding
 
@@ -1133,16 +1126,17 @@ def table(report: Report, columns: list[str], size: Callable[[int], str], width:
         text = size(value) if name in SIZES else str(value)
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
-    unread = f", {len(report.skipped)} unread" if report.skipped else ""
-    total = {**report.total, "command": UNITS[size] + plural(len(report.rows)) + unread}
-    rows = [*report.rows, total]
+    skipped = sum("unread" in row for row in rows)
+    unread = f", {skipped} unread" if skipped else ""
+    total = {**rows[-1], "command": UNITS[size] + plural(len(rows) - 1) + unread, "depth": 0}
+    rows = [*rows[:-1], total]
     cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
     if "command" in columns:
         others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
         room = max(width - others, len("COMMAND")) if width else 0
         signs = "".join(LINES)
         drawing = LINES if signs.encode(encoding, "ignore").decode(encoding) == signs else ASCII
-        trees = tree_lines([0, *(row["depth"] for row in report.rows), 0], drawing)
+        trees = tree_lines([0, *(row["depth"] for row in rows)], drawing)
         drawn = zip(trees, cells["command"])
         cells["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in drawn]
     for name in columns[:-1] if columns[-1] in TEXTS else columns:
@@ -1180,14 +1174,14 @@ def cut(text: str, room: int) -> str:
     return text[: len([*takewhile(lambda end: end <= room, ends)])]
 
 
-def as_json(report: Report, columns: list[str], page_size: int) -> str:
+def as_json(rows: list[Row], columns: list[str], page_size: int) -> str:
     import json  # not above: it would be a part of every start
 
     content = {
         "page_size": page_size,
-        "processes": [{name: row.get(name) for name in columns} for row in report.rows],
-        "total": {name: report.total.get(name) for name in columns if name in FIGURES},
-        "skipped": [{"pid": pid, "reason": why} for pid, why in report.skipped.items()],
+        "processes": [{name: row.get(name) for name in columns} for row in rows[:-1]],
+        "total": {name: rows[-1].get(name) for name in columns if name in FIGURES},
+        "skipped": [{"pid": r["pid"], "reason": r["unread"]} for r in rows if "unread" in r],
     }
     return json.dumps(content)
 
@@ -1222,12 +1216,6 @@ class Parser(argparse.ArgumentParser):
         write(message, file)
 
 
-def pid_argument(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a PID")
-    return int(text)
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     about_columns = "".join(f"  {name:8} {about}\n" for name, (_, about) in COLUMNS.items())
     parser = Parser(
@@ -1254,10 +1242,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("-g", "--cgroup", metavar="PATH", action="append", default=[], help=group_help)
     add("--help", action="help", help="show this and exit")
     add("-V", "--version", action="version", version=f"memuse {__version__}")
-    add("pids", metavar="PID", type=pid_argument, nargs="*", help="a process, with all below it")
+    add("pids", metavar="PID", nargs="*", help="a process, with all below it")
     arguments = parser.parse_args(argv)
     if not arguments.pids and not arguments.cgroup:
         parser.error("a PID is missing")
+    for text in arguments.pids:
+        if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
+            parser.error(f"{text!r} is not a PID")
 
     names = default = IN_JSON if arguments.json else IN_TABLE
     if arguments.output is not None:
@@ -1302,7 +1293,7 @@ def width_of_output() -> int:
 def run(machine: Machine, argv: list[str]) -> int:
     """Print what is asked for, then what is missing in it.  Error if there is nothing to print."""
     arguments = parse_args(argv)
-    columns, roots = arguments.columns, list(dict.fromkeys(arguments.pids))
+    columns, roots = arguments.columns, list(dict.fromkeys(map(int, arguments.pids)))
     members = {pid for path in arguments.cgroup for pid in cgroup_members(machine, path)}
     nodes = find_processes(machine, roots, members)
     with_frames = nodes and not FROM_PAGEMAP.isdisjoint(columns)
@@ -1311,23 +1302,24 @@ def run(machine: Machine, argv: list[str]) -> int:
             kernel = Kernel(machine, files) if with_frames else None
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
-        report = survey(machine, kernel, {*columns}, nodes)
+        rows = survey(machine, kernel, {*columns}, nodes)
 
-    found = {node.pid for node in nodes}
+    found, read = {node.pid for node in nodes}, {row["pid"] for row in rows[:-1]}
     failures = [why_missing(machine, pid) for pid in roots if pid not in found]
-    gone = [pid for pid in report.exited if pid in roots]
+    gone = [pid for pid in roots if pid in found - read]
     failures += [f"process {pid} exited while it was being read" for pid in gone]
-    for why in dict.fromkeys(report.skipped.values()):
-        pids = [str(pid) for pid in report.skipped if report.skipped[pid] == why]
+    skipped = {row["pid"]: row["unread"] for row in rows if "unread" in row}
+    for why in dict.fromkeys(skipped.values()):
+        pids = [str(pid) for pid in skipped if skipped[pid] == why]
         failures.append(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} not read: {why}")
-    if len(report.rows) == len(report.skipped):
+    if read <= skipped.keys():
         raise Error("; ".join(failures) or "none of the processes is left")
     if arguments.json:
-        lines = [as_json(report, columns, machine.page_size)]
+        lines = [as_json(rows, columns, machine.page_size)]
     else:
-        lines = table(report, columns, arguments.size, width_of_output())
+        lines = table(rows, columns, arguments.size, width_of_output())
     write("".join(f"{line}\n" for line in lines), sys.stdout)
-    others = len(report.exited) - len(gone)
+    others = len(found) - len(read) - len(gone)
     notes = [f"{plural(others)} exited while being read"] if others else []
     complain(*failures, *notes)
     return 1 if failures else 0

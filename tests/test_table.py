@@ -52,7 +52,10 @@ ROWS: list[dict[str, Any]] = [
         "rss": 7000064, "uss": 1671168, "pss": 3083264, "pte": 53248, "swap": 0,
         "command": "/usr/bin/zsh",
     },
-    {"pid": 77, "ppid": 15897, "depth": 1, "user": "joe", "command": "secret"},
+    {
+        "pid": 77, "ppid": 15897, "depth": 1, "user": "joe", "command": "secret",
+        "unread": "pagemap: Permission denied",
+    },
     {
         "pid": 9783, "ppid": 77, "depth": 2, "user": "joe", "frames": 608, "unique": 408,
         "size": 2490368, "tree": 2490368, "freed": 1024000, "anon": 2000000, "file": 490368,
@@ -64,11 +67,10 @@ TOTAL = {
     "frames": 2184, "unique": 2184, "size": 8945664, "tree": 8945664, "freed": 5218304,
     "anon": 8181168, "file": 764496, "rss": 9097216, "pss": 4416512, "pte": 94208, "swap": 4096,
 }  # fmt: skip
-REPORT = module.Report(ROWS, TOTAL, {77: "pagemap: Permission denied"}, [])
 
 
 def table(*columns: str, size: Any = module.kib, width: int = 0) -> list[str]:
-    return module.table(REPORT, [*columns] or module.IN_TABLE, size, width)
+    return module.table([*ROWS, TOTAL], [*columns] or module.IN_TABLE, size, width)
 
 
 def test_table() -> None:
@@ -103,7 +105,7 @@ def test_columns_widen_for_big_numbers() -> None:
 
 
 def test_json() -> None:
-    report = json.loads(module.as_json(REPORT, module.IN_JSON, 4096))
+    report = json.loads(module.as_json([*ROWS, TOTAL], module.IN_JSON, 4096))
     assert list(report) == ["page_size", "processes", "total", "skipped"]
     assert report["page_size"] == 4096
     names = "pid ppid depth frames unique size tree freed anon file rss pss uss swap command"
@@ -113,7 +115,7 @@ def test_json() -> None:
     del TOTAL["pte"]
     assert report["total"] == {**TOTAL, "uss": None}
     assert report["skipped"] == [{"pid": 77, "reason": "pagemap: Permission denied"}]
-    some = json.loads(module.as_json(REPORT, ["pid", "user", "rss"], 4096))
+    some = json.loads(module.as_json([*ROWS, TOTAL], ["pid", "user", "rss"], 4096))
     assert some["processes"][2] == {"pid": 9783, "user": "joe", "rss": 2097152}
     assert some["total"] == {"rss": 9097216}
 
