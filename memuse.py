@@ -188,8 +188,9 @@ class Kernel:
         with contextlib.suppress(FileNotFoundError):
             size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
             self.pmd_pages = int(size) // machine.page_size
-        ramp = struct.pack(f"<{self.pmd_pages}Q", *range(self.pmd_pages))
-        self.ramp = int.from_bytes(ramp, "little")
+        words = struct.Struct(f"<{self.pmd_pages}Q")
+        self.ramp = int.from_bytes(words.pack(*range(self.pmd_pages)), "little")
+        self.each_once = words.pack(*[1] * self.pmd_pages)
 
     def own_pfns(self, kind: int) -> list[int]:
         """The PFNs of all pages of memuse itself that are of this kind."""
@@ -417,18 +418,12 @@ SPAN = 1 << 13  # pages read at a time; what is larger is searched for what is r
 
 
 class Process:
-    """One process, read whole: nothing of it is counted before.
-
-    EXCLUSIVE is not to be trusted in a PMD-mapped huge page: all its entries have its first
-    page's bit (before Linux 6.11, and seen again in 6.18), while others may have its other
-    pages.  So these are kept apart.
-    """
+    """One process, read whole: nothing of it is counted before."""
 
     def __init__(self, stat: Stat, row: Row, unread: str | None = None) -> None:
         self.stat, self.row = stat, row
         self.unread = unread  # why its memory could not be read
-        self.private = 0  # ANON_EXCLUSIVE frames, but for those of `huge`
-        self.huge: list[Pair] = []  # PMD-mapped and ANON_EXCLUSIVE: first page, and its entry
+        self.private = 0  # how many frames are ANON_EXCLUSIVE
         # What others may have: a VMA, a page in it, and the entries from there on.
         self.pieces: list[tuple[Vma, int, bytes]] = []
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
@@ -436,7 +431,7 @@ class Process:
 
     def add(self, kernel: Kernel, vmas: list[Vma], start: int, entries: bytes) -> None:
         """Take in the entries from page `start` on, which cut no huge page."""
-        entries = self._without_huge(kernel, start, entries)
+        entries = corrected(kernel, start, entries)
         kinds = entries[FLAGS::WORD].translate(KINDS)
         at = kinds.find(ANON_EXCLUSIVE)
         if at >= 0:
@@ -450,25 +445,30 @@ class Process:
             if end:
                 self.pieces.append((vma, start + first, entries[first * WORD : end * WORD]))
 
-    def _without_huge(self, kernel: Kernel, start: int, entries: bytes) -> bytes:
-        """The entries but those of private huge pages, which are noted, and huge zero pages."""
-        pages = kernel.pmd_pages
-        size, left = pages * WORD, None
-        for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
-            entry = int.from_bytes(entries[at : at + WORD], "little")
-            pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
-            if kind == NOTHING or pfn % pages:
-                continue
-            if entries[at : at + size] != kernel.huge_entries(entry):
-                continue
-            if kind == ANON_EXCLUSIVE:
-                self.huge.append((start + at // WORD, entry))
-                self.witness = self.witness or (start + at // WORD, pfn)
-            elif not kernel.has(pfn, KPF_ZERO_PAGE):
-                continue
-            left = left or bytearray(entries)
-            left[at : at + size] = bytes(size)
-        return bytes(left) if left else entries
+
+def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
+    """The entries from page `start` on, without huge zero pages and false EXCLUSIVE bits.
+
+    All entries of a PMD-mapped huge page have its first page's bit (before Linux 6.11, and seen
+    again in 6.18), while others may have its other pages.  Their mapcounts tell.
+    """
+    pages, changed = kernel.pmd_pages, None
+    size = pages * WORD
+    for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
+        first = int.from_bytes(entries[at : at + WORD], "little")
+        pfn, kind = first & PFN_MASK, KINDS[first >> 56]
+        if kind == NOTHING or pfn % pages or entries[at : at + size] != kernel.huge_entries(first):
+            continue
+        exclusive = kind == ANON_EXCLUSIVE
+        if exclusive and kernel.machine.words(kernel.counts, pfn, pages) != kernel.each_once:
+            right = kernel.huge_entries(first & ~(EXCLUSIVE << 56))
+        elif not exclusive and kernel.has(pfn, KPF_ZERO_PAGE):
+            right = bytes(size)
+        else:
+            continue
+        changed = changed or bytearray(entries)
+        changed[at : at + size] = right
+    return bytes(changed) if changed else entries
 
 
 class Reader:
@@ -598,8 +598,8 @@ def kernel_figures(machine: Machine, node: Node) -> dict[str, int] | Exception |
 # ---- Counting -----------------------------------------------------------------------------------
 
 NOBODY = -1  # instead of a row
-# Marks of PFNs: no memory; in a private huge page; known one by one; others are of Blocks.
-UNREAL, CLAIMED, SINGLE, *OF_BLOCKS = range(1, 256)
+# Marks of PFNs: no memory; known one by one; others are of Blocks.
+UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
 MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked through, at a time
 GAP = 64  # PFNs without marks; fewer cost less to read over than another call
 MARKED = re.compile(rb"[^\0]+(?:\0{1,%d}[^\0]+)*" % GAP)
@@ -729,7 +729,6 @@ class Ledger:
         self.singles: dict[int, array.array[int]] = {}
         # An address space: the first and the last row that share it, and its private frames.
         self.spaces: dict[int, list[int]] = {}  # by row; siblings have the same
-        self.claims: dict[int, list[int]] = {}  # by the first PFNs of its private huge pages
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         self.own, self.new, self.below, self.freed = ([0] * len(parents) for _ in range(4))
         for pfn in kernel.zero_pages if kernel else ():
@@ -758,25 +757,13 @@ class Ledger:
             for run in MARKED.finditer(part) if part != nothing else ():
                 yield start + run.start(), len(run[0])
 
-    def add_private(self, frames: int, huge: list[Pair]) -> None:
-        """Take in private frames, which siblings have in common, and private huge pages."""
+    def add_private(self, frames: int) -> None:
+        """Take in private frames, which siblings have in common."""
         space = self.spaces[self.row] = self.spaces.get(self.sibling or 0) or [self.row] * 2 + [0]
         first, last, known = space
         self.seen[last] += min(frames, known)
         self.seen[NOBODY] += frames - min(frames, known)
         space[:] = first, self.row, max(frames, known)
-        for page, entry in huge:  # as a whole, if nobody else has any of it
-            pfn, size = entry & PFN_MASK, self.kernel.pmd_pages
-            self._reach(pfn + size - 1)
-            marks = self.marks[pfn : pfn + size]
-            if not any(marks):
-                self.marks[pfn : pfn + size] = bytes([CLAIMED]) * size
-                self.claims[pfn] = space
-                self.seen[NOBODY] += size
-            elif marks.count(CLAIMED) == size and self.claims[pfn] is space:
-                self.seen[last] += size
-            else:
-                self.add(None, page, self.kernel.huge_entries(entry), b"\x80" * size)
 
     def add(self, file: bytes | None, page: int, entries: bytes, chosen: bytes) -> None:
         """Take in the row's entries that `chosen` marks by 0x80, which begin at this page."""
@@ -833,10 +820,7 @@ class Ledger:
             if mark > SINGLE:
                 self.astray.append(pfn)
             elif mark != UNREAL:
-                if mark == CLAIMED:
-                    first, last, _ = self.claims[pfn - pfn % self.kernel.pmd_pages]
-                    self._make_single(pfn, first, last, 1)
-                elif mark != SINGLE:
+                if mark != SINGLE:
                     self._make_single(pfn, row, NOBODY, 0)
                 frames, at = singles[pfn // SINGLES], pfn % SINGLES * 3
                 last = frames[at + 1]
@@ -895,10 +879,6 @@ class Ledger:
         # Their mapcount is what the set maps, or less where a process has ended meanwhile.
         for first, last, private in {id(space): space for space in self.spaces.values()}.values():
             yield first, last, private
-        for pfn, (first, last, _) in self.claims.items():
-            end = pfn + self.kernel.pmd_pages
-            pairs = zip(mapcounts[pfn:end], self.marks[pfn:end])
-            yield first, last, sum(n <= 1 and mark == CLAIMED for n, mark in pairs)
         for block in filter(None, self.blocks.values()):
             alone = block.mapped_by_nobody_else(mapcounts)
             for first, last, lanes in block.by_rows():
@@ -925,7 +905,7 @@ class Census:
         """Count what a process has: what is a file's by its place there, else by address."""
         for ledger in (self.anon, self.file, *self.slots.values()):
             ledger.begin(row, process.sibling)
-        self.anon.add_private(process.private, process.huge)
+        self.anon.add_private(process.private)
         for vma, start, entries in process.pieces:
             kinds = entries[FLAGS::WORD].translate(KINDS)
             if FILE_PAGE in kinds:
