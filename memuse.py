@@ -85,9 +85,8 @@ PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/l
 ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
 FIRST_NAMESPACES = {0xEFFFFFFC, 0xEFFFFFFD}  # inodes: PID and user (include/linux/proc_ns.h)
 
-# What an entry stands for.  ANON_EXCLUSIVE is anonymous memory mapped by one process alone, and
-# once: nobody else has the frame.  ANON_OR_DEVICE is other memory that is no file's: copy-on-write,
-# KSM, but also the zero page and device memory.  FILE_PAGE includes shared memory.
+# What an entry stands for.  ANON_EXCLUSIVE: anonymous memory that is mapped once and nowhere else.
+# ANON_OR_DEVICE: copy-on-write, KSM; the zero page, a device's.  FILE_PAGE: also shared memory.
 NOTHING, ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE, IN_SWAP = range(5)
 
 
@@ -174,8 +173,7 @@ class Kernel:
     def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
         """PermissionError if frames may not be seen; it names the file that refuses."""
         self.machine = machine
-        # Memory that is only read maps the zero page.  Some architectures have several, and choose
-        # one by the address (up to 128 on s390: arch/s390/mm/init.c).
+        # Memory that is only read maps a zero page; s390 has up to 128 (arch/s390/mm/init.c).
         with lazy_bytes(128 * mmap.PAGESIZE) as memory:
             memory[:: mmap.PAGESIZE]
             own = {*self.own_pfns(ANON_OR_DEVICE)}
@@ -188,9 +186,8 @@ class Kernel:
         with contextlib.suppress(FileNotFoundError):
             size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
             self.pmd_pages = int(size) // machine.page_size
-        words = struct.Struct(f"<{self.pmd_pages}Q")
-        self.ramp = int.from_bytes(words.pack(*range(self.pmd_pages)), "little")
-        self.each_once = words.pack(*[1] * self.pmd_pages)
+        ramp = struct.pack(f"<{self.pmd_pages}Q", *range(self.pmd_pages))
+        self.ramp = int.from_bytes(ramp, "little")
 
     def own_pfns(self, kind: int) -> list[int]:
         """The PFNs of all pages of memuse itself that are of this kind."""
@@ -290,8 +287,7 @@ class Stat(NamedTuple):
     ppid: int
     flags: int
     threads: int
-    started: bytes  # clock ticks after boot
-    image: list[bytes]  # the same, and where exec put code, stack, data and arguments
+    image: list[bytes]  # when it started, and where exec put code, stack, data and arguments
 
 
 def parse_stat(text: bytes) -> Stat:
@@ -299,7 +295,7 @@ def parse_stat(text: bytes) -> Stat:
     fields = rest.split()  # from the third on
     ppid, flags, threads = int(fields[1]), int(fields[6]), int(fields[17])
     image = [fields[19], *fields[23:26], *fields[42:49]]
-    return Stat(name, fields[0], ppid, flags, threads, fields[19], image)
+    return Stat(name, fields[0], ppid, flags, threads, image)
 
 
 def command_line(cmdline: bytes, name: bytes) -> str:
@@ -339,7 +335,8 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
     two.  memuse is left out, and so are those right above that only wait for it, but for roots.
     """
     own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
-    stats = {pid: stat for pid in sorted(machine.pids()) if (stat := machine.stat(pid))}
+    found = {pid: machine.stat(pid) for pid in sorted(machine.pids())}
+    stats = {pid: stat for pid, stat in found.items() if stat}
     children: dict[int, list[int]] = defaultdict(list)
     for pid, stat in stats.items():
         children[stat.ppid].append(pid)
@@ -357,8 +354,7 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
             chosen.discard(pid)
         child, pid = pid, stats[pid].ppid
 
-    # Those whose parents are not chosen are tried first, and have the others below them; but
-    # parents form a circle where a PID was used anew meanwhile.
+    # Tops come first, with the others below them.  A PID used anew can make parents a circle.
     tops = [pid for pid in (*roots, *sorted(chosen)) if pid in chosen]
     tops.sort(key=lambda pid: stats[pid].ppid in chosen)
     nodes: list[Node] = []
@@ -373,7 +369,6 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
 
 
 def why_missing(machine: Machine, pid: int) -> str:
-    """Why there is no row for a PID that was named."""
     with contextlib.suppress(OSError):
         status = machine.read(f"{machine.proc}/{pid}/status")
         process = int(status.partition(b"\nTgid:")[2].split(None, 1)[0])
@@ -459,8 +454,8 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
         pfn, kind = first & PFN_MASK, KINDS[first >> 56]
         if kind == NOTHING or pfn % pages or entries[at : at + size] != kernel.huge_entries(first):
             continue
-        exclusive = kind == ANON_EXCLUSIVE
-        if exclusive and kernel.machine.words(kernel.counts, pfn, pages) != kernel.each_once:
+        exclusive, counts = kind == ANON_EXCLUSIVE, kernel.counts
+        if exclusive and {*unpack(kernel.machine.words(counts, pfn, pages))} != {1}:
             right = kernel.huge_entries(first & ~(EXCLUSIVE << 56))
         elif not exclusive and kernel.has(pfn, KPF_ZERO_PAGE):
             right = bytes(size)
@@ -476,8 +471,7 @@ class Reader:
 
     def __init__(self, machine: Machine, kernel: Any, columns: set[str], processes: int) -> None:
         self.machine, self.kernel, self.columns = machine, kernel, columns
-        # By witness: the last row that has it, and its pagemap's path.
-        self.witnesses: dict[Pair, tuple[int, str]] = {}
+        self.witnesses: dict[Pair, tuple[int, str]] = {}  # last row that has it, its pagemap's path
         self.processes, self.pages, self.eraser = processes, 0, ""
         self.next_line = time.monotonic() + 1
 
@@ -488,21 +482,21 @@ class Reader:
             write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
             self.eraser, self.next_line = "\r\033[K", time.monotonic() + 0.1
 
-    def read(self, number: int, node: Node) -> Process | None:
+    def read(self, row: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
         for _ in range(3):
             with contextlib.suppress(*VANISHED):
-                return self._read(number, node)
+                return self._read(row, node)
             stat = self.machine.stat(node.pid)
-            if not stat or stat.started != node.stat.started:
+            if not stat or stat.image[0] != node.stat.image[0]:
                 return None
             if stat.flags & PF_EXITING and stat.threads == 1 and stat.state not in ENDED:
                 return None  # it tears down its mm, which can take long; no zombie yet
             node = node._replace(stat=stat)
-        row = {"pid": node.pid, "command": command_line(b"", node.stat.name)}
-        return Process(node.stat, row, "it changed whenever it was read")
+        known = {"pid": node.pid, "command": command_line(b"", node.stat.name)}
+        return Process(node.stat, known, "it changed whenever it was read")
 
-    def _read(self, number: int, node: Node) -> Process:
+    def _read(self, row: int, node: Node) -> Process:
         """Raises one of VANISHED if it ends or calls exec.
 
         Its files are opened by way of one descriptor of its directory, between two looks at its
@@ -518,10 +512,10 @@ class Reader:
                 process.row["user"] = psutil.Process(node.pid).username()
             if "pte" in columns:
                 process.row["pte"] = size_of(b"VmPTE", machine.read("status", directory))
-            thread = living_thread(machine, node)
+            thread = living_thread(machine, node.pid, node.stat)
             if self.kernel and thread is not None:
                 try:
-                    self._read_pages(number, process, thread, directory)
+                    self._read_pages(row, process, thread, directory)
                 except PermissionError as error:
                     process.unread = reason(error)
             if parse_stat(machine.read("stat", directory)).image != node.stat.image:
@@ -561,37 +555,31 @@ class Reader:
 
 
 def reason(error: OSError) -> str:
-    """Why a process could not be read."""
     name = f"{os.path.basename(os.fsdecode(error.filename))}: " if error.filename else ""
     return f"{name}{error.strerror} (another user's process takes CAP_SYS_PTRACE)"
 
 
-def living_thread(machine: Machine, node: Node) -> str | None:
+def living_thread(machine: Machine, pid: int, stat: Stat) -> str | None:
     """Where in its directory the files of a thread that lives are; None if it has no mm."""
-    if node.stat.flags & PF_KTHREAD:
+    if stat.flags & PF_KTHREAD:
         return None
-    if node.stat.state not in ENDED:
+    if stat.state not in ENDED:
         return ""
-    for tid in os.listdir(f"{machine.proc}/{node.pid}/task") if node.stat.threads > 1 else ():
-        stat = machine.stat(node.pid, f"task/{tid}/")
-        if stat and stat.state not in ENDED:
+    for tid in os.listdir(f"{machine.proc}/{pid}/task") if stat.threads > 1 else ():
+        thread = machine.stat(pid, f"task/{tid}/")
+        if thread and thread.state not in ENDED:
             return f"task/{tid}/"
     return None
 
 
-def kernel_figures(machine: Machine, node: Node) -> dict[str, int] | Exception | None:
-    """RSS, PSS and USS from smaps_rollup; None if it exited or called exec meanwhile."""
-    try:
-        thread, text = living_thread(machine, node), b""
-        if thread is not None:
-            text = machine.read(f"{machine.proc}/{node.pid}/{thread}smaps_rollup")
-        stat = machine.stat(node.pid)
-    except VANISHED:
-        return None
-    except (MemoryError, OSError) as error:
-        return error  # a value: in a thread there is nobody to catch it
-    if not stat or stat.image != node.stat.image or (thread is not None and not text):
-        return None
+def kernel_figures(machine: Machine, pid: int, stat: Stat) -> dict[str, int]:
+    """RSS, PSS and USS from smaps_rollup; one of VANISHED if it exited or called exec."""
+    thread, text = living_thread(machine, pid, stat), b""
+    if thread is not None:
+        text = machine.read(f"{machine.proc}/{pid}/{thread}smaps_rollup")
+    now = machine.stat(pid)
+    if not now or now.image != stat.image or (thread is not None and not text):
+        raise ProcessLookupError
     return {name: size_of(field, text) for name, field in ROLLUP.items()}
 
 
@@ -604,6 +592,7 @@ MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked thro
 GAP = 64  # PFNs without marks; fewer cost less to read over than another call
 MARKED = re.compile(rb"[^\0]+(?:\0{1,%d}[^\0]+)*" % GAP)
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
+ALL_LANES = int.from_bytes(b"\x80" * LANES, "little")
 FEW = 16  # so many pages take less memory one by one than in a Block
 MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
 SINGLES = 1 << 6  # PFNs to an array of single frames
@@ -615,7 +604,6 @@ def as_bytes(lanes: int) -> bytes:
 
 
 def how_many(lanes: int) -> int:
-    """How many lanes are marked."""
     return as_bytes(lanes).count(0x80)
 
 
@@ -635,34 +623,29 @@ class Block:
 
     def __init__(self, mark: int) -> None:
         self.mark = mark  # of its PFNs
-        self.known = 0  # lanes that have a frame
         self.planes = [0] * PFN_BYTES  # the PFNs: all lanes' lowest bytes, then the next
-        # By row, the lanes with frames that this row had first, or last.
+        # By row, the lanes with frames that this row had first, or last; NOBODY those without.
         self.first: dict[int, int] = {}
-        self.last: dict[int, int] = {}
+        self.last = {NOBODY: ALL_LANES}
         # How often the set maps each lane's frame: sums of as many additions as a byte can count.
         self.mapped: list[int] = []
         self.additions = 0
 
     def same(self, planes: list[int], lanes: int) -> int:
-        """Those of the lanes that are known, and have the same PFNs here as there."""
-        lanes &= self.known
-        if lanes:
-            differ = 0
-            for one, other in zip(planes, self.planes):
-                differ |= one ^ other
-            sevens = lanes - (lanes >> 7)  # 0x7F in each of these lanes
-            differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
-            lanes &= ~differ
-        return lanes
+        """Those of the lanes that have the same frames here as there."""
+        lanes &= ~self.last.get(NOBODY, 0)
+        differ = 0
+        for one, other in zip(planes, self.planes) if lanes else ():
+            differ |= one ^ other
+        sevens = lanes - (lanes >> 7)  # 0x7F in each of these lanes
+        differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
+        return lanes & ~differ
 
-    def enter(self, row: int, planes: list[int], lanes: int, seen: dict[int, int]) -> None:
-        """Know these PFNs, which the row has first, in lanes not known before."""
+    def enter(self, row: int, planes: list[int], lanes: int) -> None:
+        """Know these PFNs, which the row is the first to have."""
         fill = (lanes << 1) - (lanes >> 7)  # 0xFF in each of these lanes
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
-        self.known |= lanes
         self.first[row] = self.first.get(row, 0) | lanes
-        seen[NOBODY] += how_many(lanes)
 
     def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
         """The row has the frames in these lanes; add to `seen` which rows had them last."""
@@ -688,11 +671,11 @@ class Block:
                     yield first, last, these & those
 
     def pfns(self) -> list[int]:
-        """A PFN for each lane up to the last one known; where none is known, that of none."""
-        entries = bytearray(len(as_bytes(self.known)) * WORD)
-        for i, plane in enumerate(self.planes):
-            low = as_bytes(plane)
-            entries[i : len(low) * WORD : WORD] = low
+        """The PFNs, from the first lane on; 0 where none is known."""
+        planes = [*map(as_bytes, self.planes)]
+        entries = bytearray(max(map(len, planes)) * WORD)
+        for i, plane in enumerate(planes):
+            entries[i : len(plane) * WORD : WORD] = plane
         return pfns_of(bytes(entries))
 
     def mappings(self) -> list[int]:
@@ -701,9 +684,9 @@ class Block:
         return [*sums[0]] if len(sums) == 1 else [*map(sum, zip(bytes(LANES), *sums))]
 
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
-        """The lanes known that are mapped at most as often as the set maps them."""
+        """The lanes whose frames are mapped at most as often as the set maps them."""
         there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
-        return int.from_bytes(map(le, there, self.mappings()), "little") << 7 & self.known
+        return int.from_bytes(map(le, there, self.mappings()), "little") << 7
 
 
 class Ledger:
@@ -719,10 +702,9 @@ class Ledger:
     frame is that of all that have it.  The next row and the last are a pair that has it in common.
     """
 
-    def __init__(self, parents: list[int], kernel: Any = None) -> None:
-        """With a kernel for frames, without one for swap slots."""
-        self.parents, self.kernel = parents, kernel
-        self.marks = lazy_bytes(MARKS_GROWTH)  # a byte for each PFN; see _reach()
+    def __init__(self, parents: list[int], zero_pages: Sequence[int] = ()) -> None:
+        self.parents = parents
+        self.marks = lazy_bytes(max(zero_pages, default=0) + MARKS_GROWTH)  # a byte for each PFN
         self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
         self.marked: dict[int, list[Place]] = defaultdict(list)  # places of Blocks by their mark
         # By PFN // SINGLES: first row, last row and number of mappings of each, interleaved.
@@ -731,23 +713,13 @@ class Ledger:
         self.spaces: dict[int, list[int]] = {}  # by row; siblings have the same
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         self.own, self.new, self.below, self.freed = ([0] * len(parents) for _ in range(4))
-        for pfn in kernel.zero_pages if kernel else ():
-            self._reach(pfn)
+        for pfn in zero_pages:
             self.marks[pfn] = UNREAL
 
     def begin(self, row: int, sibling: int | None) -> None:
-        """A row comes; the kernel has the mappings of siblings only once."""
-        self.row, self.sibling = row, sibling
+        self.row, self.sibling = row, sibling  # whose mappings are there only once
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
         self.astray: list[int] = []  # PFNs that it has away from their Blocks
-
-    def _reach(self, pfn: int) -> None:
-        """Have marks for PFNs up to this one."""
-        if pfn >= len(self.marks):
-            self.marks.resize((pfn // MARKS_GROWTH + 1) * MARKS_GROWTH)
-
-    def is_known(self, pfn: int) -> bool:
-        return pfn < len(self.marks) and self.marks[pfn] != 0
 
     def marked_runs(self) -> Iterator[Pair]:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
@@ -790,7 +762,8 @@ class Ledger:
         up = 8 * lane
         planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
         lanes = int.from_bytes(chosen, "little") << up
-        here, fresh = block.same(planes, lanes), as_bytes((lanes & ~block.known) >> up)
+        here, unknown = block.same(planes, lanes), lanes & block.last.get(NOBODY, 0)
+        fresh = as_bytes(unknown >> up)
         if fresh:
             new, marks = bytearray(fresh), self.marks
             for at, pfn in zip(compress(count(), fresh), self._pfns(entries, fresh)):
@@ -798,10 +771,9 @@ class Ledger:
                     new[at] = 0
                 else:
                     marks[pfn] = block.mark
-            if any(new):
-                entered = int.from_bytes(new, "little") << up
-                block.enter(self.row, planes, entered, self.seen)
-                here |= entered
+            entered = int.from_bytes(new, "little") << up
+            block.enter(self.row, planes, entered)
+            here |= entered
         if here:
             block.see(self.row, here, self.seen, self.sibling is None)
         return as_bytes((lanes ^ here) >> up)
@@ -809,7 +781,8 @@ class Ledger:
     def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
         """The PFNs of entries that are chosen, of which there is one."""
         pfns = list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
-        self._reach(max(pfns))
+        if max(pfns) >= len(self.marks):
+            self.marks.resize(max(pfns) + MARKS_GROWTH)
         return pfns
 
     def _look_at(self, pfns: list[int]) -> None:
@@ -884,21 +857,21 @@ class Ledger:
             for first, last, lanes in block.by_rows():
                 yield first, last, how_many(lanes & alone)
         for group, records in self.singles.items():
-            marks = self.marks[group * SINGLES : (group + 1) * SINGLES]
-            each = zip(count(group * SINGLES), marks, records[::3], records[1::3], records[2::3])
-            for pfn, mark, first, last, mappings in each:
-                if mark == SINGLE and mapcounts[pfn] <= mappings:
+            each = zip(count(group * SINGLES), records[::3], records[1::3], records[2::3])
+            for pfn, first, last, mappings in each:
+                if mappings and mapcounts[pfn] <= mappings:
                     yield first, last, 1
 
 
 class Census:
     """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
 
-    def __init__(self, kernel: Kernel | None, nodes: list[Node]) -> None:
-        self.kernel: Any = kernel
+    def __init__(self, kernel: Any, page_size: int, nodes: list[Node]) -> None:
+        self.kernel, self.page_size = kernel, page_size
         self.parents = [0, *(node.parent for node in nodes)]
         # A frame that is freed and used anew meanwhile can come as either, so that each has marks.
-        self.anon, self.file = Ledger(self.parents, kernel), Ledger(self.parents, kernel)
+        zero_pages = kernel.zero_pages if kernel else ()
+        self.anon, self.file = Ledger(self.parents, zero_pages), Ledger(self.parents, zero_pages)
         self.slots: dict[int, Ledger] = {}  # by swap type
 
     def count(self, row: int, process: Process) -> None:
@@ -915,7 +888,8 @@ class Census:
                 anon = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
                 # In a file's VMA it is a device's memory, which is left out, or copies of the file.
                 for at, pfn in compress(enumerate(pfns_of(entries)), anon) if vma.file else ():
-                    if not (self.anon.is_known(pfn) or self.kernel.has(pfn, KPF_ANON)):
+                    known = pfn < len(self.anon.marks) and self.anon.marks[pfn]
+                    if not known and not self.kernel.has(pfn, KPF_ANON):
                         anon[at] = 0
                 self.anon.add(None, start, entries, bytes(anon))
             if IN_SWAP in kinds:
@@ -937,17 +911,14 @@ class Census:
             self.slots[swap_type].add(None, start, offsets, as_bytes(of_type))
 
     def add_up(self, with_freed: bool) -> None:
-        """All rows are counted; with FREED, how often the machine maps their frames is read."""
-        with_freed = with_freed and self.kernel
+        """All rows are counted; for FREED, it is read how often the machine maps their frames."""
         mapcounts = mapcounts_of(self.kernel, self.anon, self.file) if with_freed else None
         for ledger in (self.anon, self.file, *self.slots.values()):
-            ledger.add_up(mapcounts if ledger.kernel else None)
+            ledger.add_up(mapcounts if ledger in (self.anon, self.file) else None)
 
     def figures(self, row: int) -> dict[str, int]:
         """What was counted of a row; after add_up()."""
-        if not self.kernel:
-            return {}
-        anon, file, page = self.anon, self.file, self.kernel.machine.page_size
+        anon, file, page = self.anon, self.file, self.page_size
         frames = anon.own[row] + file.own[row]
         return {
             "frames": frames,
@@ -964,12 +935,12 @@ class Census:
 def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
     """By PFN, how often their frames are mapped, but by memuse (kpagecount, pagemap.rst)."""
     highest = max(len(ledger.marks) for ledger in ledgers)
-    mapcounts = memoryview(lazy_bytes(WORD * highest)).cast("Q")
+    mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
     own = Counter(kernel.own_pfns(FILE_PAGE))
     for _ in range(3):  # until they stand still: code that runs for the first time adds to them
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
             words = unpack(kernel.machine.words(kernel.counts, first, number))
-            mapcounts[first : first + len(words)] = words
+            mapcounts[first : first + len(words)] = array.array("I", words)
         before, own = own, Counter(kernel.own_pfns(FILE_PAGE))
         if own == before:
             break
@@ -1014,23 +985,28 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
 
     Returns a row for each that has not exited, and TOTAL.  "unread" tells why one was not read.
     """
+    figures: dict[int, dict[str, int]] = {}
+
+    def read_figures() -> None:
+        for row, node in enumerate(nodes, 1):
+            with contextlib.suppress(OSError, MemoryError):  # it is tried again below
+                figures[row] = kernel_figures(machine, node.pid, node.stat)
+
     # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
-    figures: dict[int, dict[str, int] | Exception | None] = {}
-    of_rows = ((row, kernel_figures(machine, node)) for row, node in enumerate(nodes, 1))
-    thread = threading.Thread(target=figures.update, args=[of_rows], daemon=True)
+    thread = threading.Thread(target=read_figures, daemon=True)
     with_figures = not columns.isdisjoint(ROLLUP)
     if with_figures:
-        with contextlib.suppress(RuntimeError):  # as many threads as there may be: see below
+        with contextlib.suppress(RuntimeError):  # as many threads as there may be
             thread.start()
     reader = Reader(machine, kernel, columns, len(nodes))
-    census = Census(kernel, nodes)
+    census = Census(kernel, machine.page_size, nodes)
     processes: list[Process | None] = []
     for number, node in enumerate(nodes, 1):
         process = reader.read(number, node)
         processes.append(process)
         if process:
             census.count(number, process)
-    census.add_up("freed" in columns)
+    census.add_up(kernel is not None and "freed" in columns)
     if thread.is_alive():
         thread.join()
     write(reader.eraser, sys.stderr)
@@ -1038,20 +1014,18 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     rows: list[Row] = []
     depths = [-1]
     for number, (node, process) in enumerate(zip(nodes, processes), 1):
-        # What is below one that exited is drawn below its parent.
-        depths.append(depths[node.parent] + bool(process))
+        depths.append(depths[node.parent] + bool(process))  # below one that exited: as its siblings
         if not process:
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
         if with_figures:
-            found = figures.get(number)
-            if found is None or process.stat.image != node.stat.image:  # or of another image
-                found = kernel_figures(machine, node._replace(stat=process.stat)) or {}
-            if isinstance(found, PermissionError):
-                process.unread, found = process.unread or reason(found), {}
-            if isinstance(found, Exception):
-                raise found
-            row.update(found)
+            of_image = figures.get(number) if process.stat.image == node.stat.image else None
+            try:
+                row.update(of_image or kernel_figures(machine, node.pid, process.stat))
+            except PermissionError as error:
+                process.unread = process.unread or reason(error)
+            except VANISHED:
+                pass  # what was counted, holds
         if process.unread:
             row = {name: value for name, value in row.items() if name not in FIGURES}
             row["unread"] = process.unread
@@ -1116,8 +1090,7 @@ def table(rows: list[Row], columns: list[str], size: Callable[[int], str], width
         room = max(width - others, len("COMMAND")) if width else 0
         signs = "".join(LINES)
         drawing = LINES if signs.encode(encoding, "ignore").decode(encoding) == signs else ASCII
-        trees = tree_lines([0, *(row["depth"] for row in rows)], drawing)
-        drawn = zip(trees, cells["command"])
+        drawn = zip(tree_lines([0, *(row["depth"] for row in rows)], drawing), cells["command"])
         cells["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in drawn]
     for name in columns[:-1] if columns[-1] in TEXTS else columns:
         wide = max(map(columns_of, cells[name]))
@@ -1149,7 +1122,6 @@ def columns_of(text: str) -> int:
 
 
 def cut(text: str, room: int) -> str:
-    """As much of the text as there is room for."""
     ends = accumulate(map(columns_of, text))
     return text[: len([*takewhile(lambda end: end <= room, ends)])]
 
@@ -1216,10 +1188,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     unit("-b", "--bytes", const=str, help="sizes in bytes", **const)
     unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **const)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
-    columns_help = "columns to show, see below; +COLUMNS adds to the default"
-    add("-o", "--output", metavar="COLUMNS", help=columns_help)
-    group_help = "the processes of a control group and of all below it"
-    add("-g", "--cgroup", metavar="PATH", action="append", default=[], help=group_help)
+    add("-o", "--output", metavar="COLUMNS", help="columns to show; +COLUMNS adds to the default")
+    add("-g", "--cgroup", metavar="PATH", action="append", help="a control group with all below it")
     add("--help", action="help", help="show this and exit")
     add("-V", "--version", action="version", version=f"memuse {__version__}")
     add("pids", metavar="PID", nargs="*", help="a process, with all below it")
@@ -1274,7 +1244,7 @@ def run(machine: Machine, argv: list[str]) -> int:
     """Print what is asked for, then what is missing in it.  Error if there is nothing to print."""
     arguments = parse_args(argv)
     columns, roots = arguments.columns, list(dict.fromkeys(map(int, arguments.pids)))
-    members = {pid for path in arguments.cgroup for pid in cgroup_members(machine, path)}
+    members = {pid for path in arguments.cgroup or () for pid in cgroup_members(machine, path)}
     nodes = find_processes(machine, roots, members)
     with_frames = nodes and not FROM_PAGEMAP.isdisjoint(columns)
     with contextlib.ExitStack() as files:

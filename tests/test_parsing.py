@@ -157,7 +157,7 @@ def test_stat_of_a_process_with_an_evil_name() -> None:
     numbers = " ".join(str(number) for number in range(4, 53))
     stat = memuse.parse_stat(f"17 (a) Z 1 (\n) R {numbers}".encode())
     assert (stat.name, stat.state, stat.ppid) == (b"a) Z 1 (\n", b"R", 4)
-    assert (stat.flags, stat.threads, stat.started) == (9, 20, b"22")
+    assert (stat.flags, stat.threads, stat.image[0]) == (9, 20, b"22")
     assert stat.image == [b"22", b"26", b"27", b"28", *(b"%d" % n for n in range(45, 52))]
     kernel_thread = memuse.parse_stat(b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 50)
     assert kernel_thread.flags & memuse.PF_KTHREAD
