@@ -765,12 +765,12 @@ class Ledger:
         here, unknown = block.same(planes, lanes), lanes & block.last.get(NOBODY, 0)
         fresh = as_bytes(unknown >> up)
         if fresh:
-            new, marks = bytearray(fresh), self.marks
+            new, marks, mark = bytearray(fresh), self.marks, block.mark
             for at, pfn in zip(compress(count(), fresh), self._pfns(entries, fresh)):
                 if marks[pfn]:
                     new[at] = 0
                 else:
-                    marks[pfn] = block.mark
+                    marks[pfn] = mark
             entered = int.from_bytes(new, "little") << up
             block.enter(self.row, planes, entered)
             here |= entered
