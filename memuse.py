@@ -57,9 +57,9 @@ __version__ = "2.0.0"
 
 Pair = tuple[int, int]
 Place = tuple[Optional[bytes], int]  # a file, or None for the address space; a group of pages
-Row = dict[str, Any]  # a process or TOTAL, by column; what was not read, has no figure
+Row = dict[str, Any]  # a process or TOTAL, by column; one that was not read, is missing
 
-VANISHED = (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess)  # ended, or called exec
+VANISHED = (FileNotFoundError, ProcessLookupError, psutil.Error)  # it ended, or called exec
 
 
 class Error(Exception):
@@ -85,8 +85,8 @@ PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/l
 ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
 FIRST_NAMESPACES = {0xEFFFFFFC, 0xEFFFFFFD}  # inodes: PID and user (include/linux/proc_ns.h)
 
-# What an entry stands for.  ANON_EXCLUSIVE: anonymous memory that is mapped once and nowhere else.
-# ANON_OR_DEVICE: copy-on-write, KSM; the zero page, a device's.  FILE_PAGE: also shared memory.
+# What an entry stands for.  ANON_EXCLUSIVE: anonymous memory, mapped once in the whole machine.
+# ANON_OR_DEVICE: copies-on-write, KSM, a zero page, a device.  FILE_PAGE: also shared memory.
 NOTHING, ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE, IN_SWAP = range(5)
 
 
@@ -413,11 +413,12 @@ SPAN = 1 << 13  # pages read at a time; what is larger is searched for what is r
 
 
 class Process:
-    """One process, read whole: nothing of it is counted before."""
+    """One process; it is counted only once all of it is read."""
 
-    def __init__(self, stat: Stat, row: Row, unread: str | None = None) -> None:
-        self.stat, self.row = stat, row
-        self.unread = unread  # why its memory could not be read
+    def __init__(self, node: Node) -> None:
+        self.pid, self.stat = node.pid, node.stat
+        self.row: Row = {"pid": node.pid, "ppid": node.stat.ppid}
+        self.unread: str | None = None  # why its memory could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
         # What others may have: a VMA, a page in it, and the entries from there on.
         self.pieces: list[tuple[Vma, int, bytes]] = []
@@ -425,7 +426,7 @@ class Process:
         self.sibling: int | None = None  # the last row before that shares the address space
 
     def add(self, kernel: Kernel, vmas: list[Vma], start: int, entries: bytes) -> None:
-        """Take in the entries from page `start` on, which cut no huge page."""
+        """Take in the entries from page `start` on, with huge pages whole."""
         entries = corrected(kernel, start, entries)
         kinds = entries[FLAGS::WORD].translate(KINDS)
         at = kinds.find(ANON_EXCLUSIVE)
@@ -450,13 +451,13 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
     pages, changed = kernel.pmd_pages, None
     size = pages * WORD
     for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
-        first = int.from_bytes(entries[at : at + WORD], "little")
-        pfn, kind = first & PFN_MASK, KINDS[first >> 56]
-        if kind == NOTHING or pfn % pages or entries[at : at + size] != kernel.huge_entries(first):
+        entry = int.from_bytes(entries[at : at + WORD], "little")
+        pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
+        if kind == NOTHING or pfn % pages or entries[at : at + size] != kernel.huge_entries(entry):
             continue
-        exclusive, counts = kind == ANON_EXCLUSIVE, kernel.counts
-        if exclusive and {*unpack(kernel.machine.words(counts, pfn, pages))} != {1}:
-            right = kernel.huge_entries(first & ~(EXCLUSIVE << 56))
+        exclusive = kind == ANON_EXCLUSIVE
+        if exclusive and {*unpack(kernel.machine.words(kernel.counts, pfn, pages))} != {1}:
+            right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
         elif not exclusive and kernel.has(pfn, KPF_ZERO_PAGE):
             right = bytes(size)
         else:
@@ -467,8 +468,6 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
 
 
 class Reader:
-    """Reads processes, one after the other."""
-
     def __init__(self, machine: Machine, kernel: Any, columns: set[str], processes: int) -> None:
         self.machine, self.kernel, self.columns = machine, kernel, columns
         self.witnesses: dict[Pair, tuple[int, str]] = {}  # last row that has it, its pagemap's path
@@ -485,42 +484,43 @@ class Reader:
     def read(self, row: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
         for _ in range(3):
-            with contextlib.suppress(*VANISHED):
-                return self._read(row, node)
-            stat = self.machine.stat(node.pid)
-            if not stat or stat.image[0] != node.stat.image[0]:
+            process = Process(node)
+            try:
+                self._read(row, process)
+                return process
+            except PermissionError as error:
+                process.unread = reason(error)
+                return process
+            except VANISHED:
+                stat = self.machine.stat(node.pid)
+            if not stat or stat.image[0] != node.stat.image[0]:  # it started at another time
                 return None
             if stat.flags & PF_EXITING and stat.threads == 1 and stat.state not in ENDED:
                 return None  # it tears down its mm, which can take long; no zombie yet
             node = node._replace(stat=stat)
-        known = {"pid": node.pid, "command": command_line(b"", node.stat.name)}
-        return Process(node.stat, known, "it changed whenever it was read")
+        process.unread = "it changed whenever it was read"
+        return process
 
-    def _read(self, row: int, node: Node) -> Process:
+    def _read(self, row: int, process: Process) -> None:
         """Raises one of VANISHED if it ends or calls exec.
 
         Its files are opened by way of one descriptor of its directory, between two looks at its
         stat.  So they belong to one process and to one mm, and are empty once that is gone.
         """
-        machine, columns = self.machine, self.columns
-        process = Process(node.stat, {"pid": node.pid, "ppid": node.stat.ppid})
-        with machine.opened(f"{machine.proc}/{node.pid}") as directory:
+        machine, columns, pid, stat = self.machine, self.columns, process.pid, process.stat
+        with machine.opened(f"{machine.proc}/{pid}") as directory:
             if "command" in columns:
                 cmdline = machine.read("cmdline", directory, COMMAND_LIMIT + 1)
-                process.row["command"] = command_line(cmdline, node.stat.name)
+                process.row["command"] = command_line(cmdline, stat.name)
             if "user" in columns:
-                process.row["user"] = psutil.Process(node.pid).username()
+                process.row["user"] = psutil.Process(pid).username()
             if "pte" in columns:
                 process.row["pte"] = size_of(b"VmPTE", machine.read("status", directory))
-            thread = living_thread(machine, node.pid, node.stat)
+            thread = living_thread(machine, pid, stat)
             if self.kernel and thread is not None:
-                try:
-                    self._read_pages(row, process, thread, directory)
-                except PermissionError as error:
-                    process.unread = reason(error)
-            if parse_stat(machine.read("stat", directory)).image != node.stat.image:
+                self._read_pages(row, process, thread, directory)
+            if parse_stat(machine.read("stat", directory)).image != stat.image:
                 raise ProcessLookupError
-        return process
 
     def _read_pages(self, row: int, process: Process, thread: str, directory: int) -> None:
         machine, size = self.machine, max(SPAN, self.kernel.pmd_pages)
@@ -540,11 +540,11 @@ class Reader:
                     start = stop
             if process.witness:
                 process.sibling = self._find_vm_sibling(process.witness, pagemap)
-                path = f"{machine.proc}/{process.row['pid']}/{thread}pagemap"
+                path = f"{machine.proc}/{process.pid}/{thread}pagemap"
                 self.witnesses[process.witness] = row, path
 
     def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int | None:
-        """The last row that has the same ANON_EXCLUSIVE frame there now (CLONE_VM, vfork)."""
+        """The last row that has the same ANON_EXCLUSIVE frame there at the time (CLONE_VM)."""
         row, path = self.witnesses.get(witness, (None, ""))
         if row:
             with contextlib.suppress(OSError), self.machine.opened(path) as other:
@@ -586,7 +586,7 @@ def kernel_figures(machine: Machine, pid: int, stat: Stat) -> dict[str, int]:
 # ---- Counting -----------------------------------------------------------------------------------
 
 NOBODY = -1  # instead of a row
-# Marks of PFNs: no memory; known one by one; others are of Blocks.
+# Marks of PFNs, 0 for those not known: no memory; known one by one; others are of Blocks.
 UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
 MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked through, at a time
 GAP = 64  # PFNs without marks; fewer cost less to read over than another call
@@ -624,10 +624,10 @@ class Block:
     def __init__(self, mark: int) -> None:
         self.mark = mark  # of its PFNs
         self.planes = [0] * PFN_BYTES  # the PFNs: all lanes' lowest bytes, then the next
-        # By row, the lanes with frames that this row had first, or last; NOBODY those without.
+        # By row, the lanes whose frames it had first, or last; last[NOBODY]: those without a frame.
         self.first: dict[int, int] = {}
         self.last = {NOBODY: ALL_LANES}
-        # How often the set maps each lane's frame: sums of as many additions as a byte can count.
+        # How often the set maps each lane's frame: a new sum after every 255 additions.
         self.mapped: list[int] = []
         self.additions = 0
 
@@ -642,7 +642,7 @@ class Block:
         return lanes & ~differ
 
     def enter(self, row: int, planes: list[int], lanes: int) -> None:
-        """Know these PFNs, which the row is the first to have."""
+        """Know these PFNs in lanes that had none; the row is the first to have them."""
         fill = (lanes << 1) - (lanes >> 7)  # 0xFF in each of these lanes
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.first[row] = self.first.get(row, 0) | lanes
@@ -654,7 +654,7 @@ class Block:
                 self.mapped.append(0)
             self.additions += 1
             self.mapped[-1] += lanes >> 7
-        own = self.last.pop(row, 0)  # what the row has already, it maps twice
+        own = self.last.pop(row, 0)  # what the row had already, it maps twice
         others, self.last = self.last, {row: own | lanes}
         for other, theirs in others.items():
             both = theirs & lanes
@@ -671,11 +671,11 @@ class Block:
                     yield first, last, these & those
 
     def pfns(self) -> list[int]:
-        """The PFNs, from the first lane on; 0 where none is known."""
-        planes = [*map(as_bytes, self.planes)]
-        entries = bytearray(max(map(len, planes)) * WORD)
-        for i, plane in enumerate(planes):
-            entries[i : len(plane) * WORD : WORD] = plane
+        """The PFNs, from the first lane on; 0 where there is no frame."""
+        entries = bytearray(len(as_bytes(ALL_LANES ^ self.last.get(NOBODY, 0))) * WORD)
+        for i, plane in enumerate(self.planes):
+            low = as_bytes(plane)
+            entries[i : len(low) * WORD : WORD] = low
         return pfns_of(bytes(entries))
 
     def mappings(self) -> list[int]:
@@ -684,7 +684,7 @@ class Block:
         return [*sums[0]] if len(sums) == 1 else [*map(sum, zip(bytes(LANES), *sums))]
 
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
-        """The lanes whose frames are mapped at most as often as the set maps them."""
+        """The lanes mapped at most as often as the set maps them; some may have no frame."""
         there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
         return int.from_bytes(map(le, there, self.mappings()), "little") << 7
 
@@ -693,10 +693,9 @@ class Ledger:
     """Counts frames of anonymous memory, or of files, or the slots of a swap area, each once.
 
     A frame that may be shared is entered in a Block, at the place where it is first met: an
-    address, or a page of a file.  There, forked processes and those that map the file have it,
-    too.  A PFN is known at one place only, as `marks` tells.  If it is met elsewhere (KSM, mremap),
-    its whole Block becomes single: frames known one by one, by their PFNs.  So are frames at a
-    place where another is known (copies that grandchildren share).
+    address, or a page of a file.  Forked processes, and those that map the file, have it there.
+    A PFN is known at one place only, as `marks` tells.  If it is met elsewhere (KSM, mremap), its
+    Block becomes single: frames known one by one.  So are other frames at a known place (copies).
 
     Rows come depth first.  The lowest common ancestor of the first and the last row that had a
     frame is that of all that have it.  The next row and the last are a pair that has it in common.
@@ -717,7 +716,7 @@ class Ledger:
             self.marks[pfn] = UNREAL
 
     def begin(self, row: int, sibling: int | None) -> None:
-        self.row, self.sibling = row, sibling  # whose mappings are there only once
+        self.row, self.sibling = row, sibling  # the kernel counts their common mappings once
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
         self.astray: list[int] = []  # PFNs that it has away from their Blocks
 
@@ -732,10 +731,10 @@ class Ledger:
     def add_private(self, frames: int) -> None:
         """Take in private frames, which siblings have in common."""
         space = self.spaces[self.row] = self.spaces.get(self.sibling or 0) or [self.row] * 2 + [0]
-        first, last, known = space
-        self.seen[last] += min(frames, known)
-        self.seen[NOBODY] += frames - min(frames, known)
-        space[:] = first, self.row, max(frames, known)
+        first, last, counted = space
+        self.seen[last] += min(frames, counted)
+        self.seen[NOBODY] += frames - min(frames, counted)
+        space[:] = first, self.row, max(frames, counted)
 
     def add(self, file: bytes | None, page: int, entries: bytes, chosen: bytes) -> None:
         """Take in the row's entries that `chosen` marks by 0x80, which begin at this page."""
@@ -762,8 +761,8 @@ class Ledger:
         up = 8 * lane
         planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
         lanes = int.from_bytes(chosen, "little") << up
-        here, unknown = block.same(planes, lanes), lanes & block.last.get(NOBODY, 0)
-        fresh = as_bytes(unknown >> up)
+        here, vacant = block.same(planes, lanes), lanes & block.last.get(NOBODY, 0)
+        fresh = as_bytes(vacant >> up)
         if fresh:
             new, marks, mark = bytearray(fresh), self.marks, block.mark
             for at, pfn in zip(compress(count(), fresh), self._pfns(entries, fresh)):
@@ -779,7 +778,7 @@ class Ledger:
         return as_bytes((lanes ^ here) >> up)
 
     def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
-        """The PFNs of entries that are chosen, of which there is one."""
+        """The PFNs of entries that are chosen; at least one is."""
         pfns = list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
         if max(pfns) >= len(self.marks):
             self.marks.resize(max(pfns) + MARKS_GROWTH)
@@ -811,7 +810,7 @@ class Ledger:
         self.singles[pfn // SINGLES][at : at + 3] = array.array("i", record)
 
     def _dissolve(self, place: Place) -> None:
-        """Have the frames of a Block single, if it is there still."""
+        """Make the frames of a Block single, unless that was done."""
         block, self.blocks[place] = self.blocks[place], None
         if block:
             pfns, mapped = block.pfns(), block.mappings()
@@ -822,7 +821,7 @@ class Ledger:
     def finish(self) -> None:
         """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
         for mark in {self.marks[pfn] for pfn in self.astray} - {SINGLE}:
-            for place in self.marked.pop(mark):  # seldom more than one: there are 252 marks
+            for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
                 self._dissolve(place)
         self._look_at([*self.astray])
         self.new[self.row] = self.seen.pop(NOBODY, 0)
@@ -849,9 +848,9 @@ class Ledger:
 
     def _freed(self, mapcounts: memoryview) -> Iterator[tuple[int, int, int]]:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
-        # Their mapcount is what the set maps, or less where a process has ended meanwhile.
         for first, last, private in {id(space): space for space in self.spaces.values()}.values():
             yield first, last, private
+        # Their mapcount is what the set maps, or less where a process has ended meanwhile.
         for block in filter(None, self.blocks.values()):
             alone = block.mapped_by_nobody_else(mapcounts)
             for first, last, lanes in block.by_rows():
@@ -859,7 +858,7 @@ class Ledger:
         for group, records in self.singles.items():
             each = zip(count(group * SINGLES), records[::3], records[1::3], records[2::3])
             for pfn, first, last, mappings in each:
-                if mappings and mapcounts[pfn] <= mappings:
+                if mappings and mapcounts[pfn] <= mappings:  # 0: not in use, or only a sibling's
                     yield first, last, 1
 
 
@@ -869,7 +868,7 @@ class Census:
     def __init__(self, kernel: Any, page_size: int, nodes: list[Node]) -> None:
         self.kernel, self.page_size = kernel, page_size
         self.parents = [0, *(node.parent for node in nodes)]
-        # A frame that is freed and used anew meanwhile can come as either, so that each has marks.
+        # A frame can be freed, and used anew as the other sort, meanwhile: each has its own marks.
         zero_pages = kernel.zero_pages if kernel else ()
         self.anon, self.file = Ledger(self.parents, zero_pages), Ledger(self.parents, zero_pages)
         self.slots: dict[int, Ledger] = {}  # by swap type
@@ -933,7 +932,7 @@ class Census:
 
 
 def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
-    """By PFN, how often their frames are mapped, but by memuse (kpagecount, pagemap.rst)."""
+    """By PFN, how often others than memuse map their frames (kpagecount, pagemap.rst)."""
     highest = max(len(ledger.marks) for ledger in ledgers)
     mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
     own = Counter(kernel.own_pfns(FILE_PAGE))
@@ -989,14 +988,14 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
 
     def read_figures() -> None:
         for row, node in enumerate(nodes, 1):
-            with contextlib.suppress(OSError, MemoryError):  # it is tried again below
+            with contextlib.suppress(OSError, MemoryError):  # the main thread asks again
                 figures[row] = kernel_figures(machine, node.pid, node.stat)
 
-    # Half of the kernel's work, in which the interpreter lock is free, while this thread counts.
+    # This is half of the kernel's work.  It holds no interpreter lock, and runs while we count.
     thread = threading.Thread(target=read_figures, daemon=True)
     with_figures = not columns.isdisjoint(ROLLUP)
     if with_figures:
-        with contextlib.suppress(RuntimeError):  # as many threads as there may be
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: all is read below
             thread.start()
     reader = Reader(machine, kernel, columns, len(nodes))
     census = Census(kernel, machine.page_size, nodes)
@@ -1004,7 +1003,7 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     for number, node in enumerate(nodes, 1):
         process = reader.read(number, node)
         processes.append(process)
-        if process:
+        if process and not process.unread:
             census.count(number, process)
     census.add_up(kernel is not None and "freed" in columns)
     if thread.is_alive():
@@ -1014,7 +1013,7 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     rows: list[Row] = []
     depths = [-1]
     for number, (node, process) in enumerate(zip(nodes, processes), 1):
-        depths.append(depths[node.parent] + bool(process))  # below one that exited: as its siblings
+        depths.append(depths[node.parent] + bool(process))  # below one that exited: its siblings
         if not process:
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
@@ -1025,13 +1024,14 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
             except PermissionError as error:
                 process.unread = process.unread or reason(error)
             except VANISHED:
-                pass  # what was counted, holds
+                pass  # its frames stay counted
         if process.unread:
             row = {name: value for name, value in row.items() if name not in FIGURES}
             row["unread"] = process.unread
         rows.append(row)
-    sums = {name: sum(row.get(name, 0) for row in rows) for name in SUMS & columns}
-    return [*rows, {**sums, **census.figures(0)}]
+    sums = {name: [row[name] for row in rows if name in row] for name in SUMS & columns}
+    total = {name: sum(figures) for name, figures in sums.items() if figures}
+    return [*rows, {**total, **census.figures(0)}]
 
 
 def kib(size: int) -> str:
@@ -1081,9 +1081,8 @@ def table(rows: list[Row], columns: list[str], size: Callable[[int], str], width
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     skipped = sum("unread" in row for row in rows)
-    unread = f", {skipped} unread" if skipped else ""
-    total = {**rows[-1], "command": UNITS[size] + plural(len(rows) - 1) + unread, "depth": 0}
-    rows = [*rows[:-1], total]
+    about = plural(len(rows) - 1) + (f", {skipped} unread" if skipped else "")
+    rows = [*rows[:-1], {**rows[-1], "command": UNITS[size] + about, "depth": 0}]
     cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
     if "command" in columns:
         others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
@@ -1222,7 +1221,8 @@ def refusal(machine: Machine, refused: OSError, nodes: list[Node], argv: list[st
     needs = f"{path} shows no page frames without CAP_SYS_ADMIN"
     if not path.endswith("pagemap"):
         needs = f"{path} is root's, and takes CAP_DAC_READ_SEARCH besides CAP_SYS_ADMIN"
-    inodes = {os.stat(f"{machine.proc}/self/ns/{name}").st_ino for name in ("pid", "user")}
+    ns = f"{machine.proc}/self/ns"  # where a kernel may be without some
+    inodes = {os.stat(f"{ns}/{name}").st_ino for name in {"pid", "user"} & {*os.listdir(ns)}}
     if inodes - FIRST_NAMESPACES:
         return Error(f"{needs}: run it on the host, with its PID there: sudo {program} PID")
     line = f"{needs}: run sudo {program} {shlex.join(argv)}"
@@ -1254,22 +1254,22 @@ def run(machine: Machine, argv: list[str]) -> int:
             raise refusal(machine, error, nodes, argv) from None
         rows = survey(machine, kernel, {*columns}, nodes)
 
-    found, read = {node.pid for node in nodes}, {row["pid"] for row in rows[:-1]}
+    found, shown = {node.pid for node in nodes}, {row["pid"] for row in rows[:-1]}
     failures = [why_missing(machine, pid) for pid in roots if pid not in found]
-    gone = [pid for pid in roots if pid in found - read]
+    gone = [pid for pid in roots if pid in found - shown]
     failures += [f"process {pid} exited while it was being read" for pid in gone]
     skipped = {row["pid"]: row["unread"] for row in rows if "unread" in row}
     for why in dict.fromkeys(skipped.values()):
         pids = [str(pid) for pid in skipped if skipped[pid] == why]
         failures.append(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} not read: {why}")
-    if read <= skipped.keys():
+    if shown <= skipped.keys():
         raise Error("; ".join(failures) or "none of the processes is left")
     if arguments.json:
         lines = [as_json(rows, columns, machine.page_size)]
     else:
         lines = table(rows, columns, arguments.size, width_of_output())
     write("".join(f"{line}\n" for line in lines), sys.stdout)
-    others = len(found) - len(read) - len(gone)
+    others = len(found) - len(shown) - len(gone)
     notes = [f"{plural(others)} exited while being read"] if others else []
     complain(*failures, *notes)
     return 1 if failures else 0

@@ -142,6 +142,13 @@ class OutOfMemory(Eventful):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
+class Denied(Eventful):
+    """Without the right to read."""
+
+    def happen(self) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 class Narrow(Here):
     """One with so many KiB of address space more than memuse has so far."""
 

@@ -172,6 +172,8 @@ class MadeUp(memuse.Machine):
             return [PRESENT | DEVICE + p for p in pages]
         if kind == "swap":
             return [SWAPPED | WRITE_PROTECTED * (p % 2) | p % 23 | p // 3 << 5 for p in pages]
+        if kind == "swap_down":
+            return [SWAPPED | p << 5 for p in reversed(pages)]
         if kind == "marker":
             return [SWAPPED | 23 + p % 9 | p << 5 for p in pages]
         if kind == "guard":

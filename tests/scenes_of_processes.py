@@ -140,7 +140,7 @@ def twin_siblings() -> None:
 
 
 def twins_huge() -> None:
-    """Siblings that share huge pages: claimed twice, or freed with one of them?"""
+    """Siblings that share huge pages: counted twice, or freed with one of them?"""
     memory = map_huge(4 * HUGE)
     write(memory, range(2 * HUGE // PAGE))
 

@@ -23,6 +23,7 @@ from conftest import (
     memuse,
     needs_root,
     ready,
+    reported,
     slow,
     wait_for,
 )
@@ -246,6 +247,13 @@ def test_figures_that_have_gone_for_a_moment_are_read_again() -> None:
         result = inside("Emptied 1 smaps_rollup", "-o", "pid,rss", process.pid)
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout == memuse("-o", "pid,rss", process.pid).stdout
+
+
+def test_a_sum_of_nothing_that_was_read_is_none(forked: int) -> None:
+    report = reported(inside("Refusing ENOENT smaps_rollup", "--json", forked))
+    assert {row["rss"] for row in report["processes"]} == {None}
+    assert (report["total"]["rss"], report["total"]["pss"]) == (None, None)
+    assert report["total"]["frames"] > 0
 
 
 # ---- Ends while it is read ------------------------------------------------------

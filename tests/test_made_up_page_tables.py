@@ -112,6 +112,14 @@ def test_frames_that_are_used_anew_between_two_processes(tmp_path: Path) -> None
     assert [(row["file"] / page, row["anon"] / page) for row in rows] == [(100, 9), (0, 53 + 9)]
 
 
+def test_a_number_of_zero_is_one_as_any_other(tmp_path: Path) -> None:
+    """The highest of a Block's pages has swap slot 0, which another process has elsewhere."""
+    machine = MadeUp(tmp_path)
+    machine.add([(False, 0, [("swap_down", 20, 0)])])
+    machine.add([(False, 9, [("swap_down", 20, 0)])], FIRST_PID)
+    check(machine, about="slot 0 taken for none?")
+
+
 # ---- Any page tables ------------------------------------------------------------
 
 runs = st.tuples(st.sampled_from(KINDS.split()), st.integers(1, 700), st.integers(0, 600))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import reference
 import scenes
 from conftest import fails, has_no_differences, inside, measured, needs_root, simulated
+from made_up import FIRST_PID, MadeUp
 
 pytestmark = [needs_root, pytest.mark.usefixtures("few_are_wrong")]
 Build = Callable[..., int]
@@ -70,6 +74,20 @@ def test_a_kernel_without_huge_pages_names_no_size_of_them(forked: int) -> None:
 def test_a_kernel_that_refuses_to_open_pagemap_is_told_as_a_missing_right(forked: int) -> None:
     """Linux 4.0 and 4.1 do not even open it without the capability."""
     fails(inside("Refusing EPERM pagemap", forked), "CAP_SYS_ADMIN", "sudo")
+
+
+def test_a_kernel_without_user_namespaces_gets_the_same_advice(tmp_path: Path) -> None:
+    class Older(MadeUp):
+        def opened(self, path: str, directory: int | None = None) -> Any:
+            if path.endswith("kpageflags"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return super().opened(path, directory)
+
+    machine = Older(tmp_path)
+    machine.add([])
+    (tmp_path / "self" / "ns").mkdir()
+    (tmp_path / "self" / "ns" / "pid").symlink_to("/proc/self/ns/pid")
+    fails(inside(machine, FIRST_PID), "CAP_DAC_READ_SEARCH", "run sudo")
 
 
 @pytest.mark.parametrize("names", ["pagemap smaps smaps_rollup", "kpageflags", "kpagecount"])

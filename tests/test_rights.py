@@ -15,6 +15,7 @@ from conftest import (
     MEMUSE,
     NOBODY,
     fails,
+    inside,
     measured,
     memuse,
     needs_root,
@@ -160,6 +161,20 @@ def test_processes_of_others_keep_their_rows_and_are_named(family: tuple[int, in
     assert skipped["pid"] == parent
     assert skipped["reason"].startswith("smaps_rollup: Permission denied")
     assert result.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["cmdline", "status", "maps"])
+def test_a_process_that_may_not_be_read_any_more_keeps_its_row(name: str, forked: int) -> None:
+    """As once it has called exec of sudo, or has become another user's."""
+    child, *_ = psutil.Process(forked).children()
+    result = inside(f"Denied 1 before:/proc/{child.pid}/{name}", "--json", "-o", "+pte", forked)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"memuse: process {child.pid} not read: ")
+    report = json.loads(result.stdout)
+    rows = {row["pid"]: row for row in report["processes"]}
+    assert rows[child.pid]["frames"] is rows[child.pid]["rss"] is None
+    assert rows[forked]["frames"] > 0
+    assert [skipped["pid"] for skipped in report["skipped"]] == [child.pid]
 
 
 def test_if_all_are_others_there_is_no_table(forked: int) -> None:
