@@ -77,7 +77,7 @@ SWAP_TYPE_BITS = 5
 SWAP_TYPES = 23  # from here up: migration, poison, device, markers (MAX_SWAPFILES, linux/swap.h)
 FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes first
 EXCLUSIVE, GUARD, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
-KPF_ANON, KPF_ZERO_PAGE = 1 << 12, 1 << 24  # in /proc/kpageflags (pagemap.rst)
+KPF_ANON, KPF_THP, KPF_ZERO_PAGE = 1 << 12, 1 << 22, 1 << 24  # /proc/kpageflags (pagemap.rst)
 PAGEMAP_SCAN = 0xC0606610  # ioctl (pagemap.rst, since Linux 6.7)
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no name for it
@@ -179,9 +179,9 @@ class Kernel:
             own = {*self.own_pfns(ANON_OR_DEVICE)}
         if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
             raise PermissionError(errno.EPERM, "no PFNs", f"{machine.proc}/self/pagemap")
-        self.flags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
-        self.counts = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
-        self.zero_pages = [pfn for pfn in own if self.has(pfn, KPF_ZERO_PAGE)]
+        self.kpageflags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
+        self.kpagecount = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
+        self.zero_pages = [pfn for pfn in own if self.flags_of(pfn) & KPF_ZERO_PAGE]
         self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
         with contextlib.suppress(FileNotFoundError):
             size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -205,9 +205,9 @@ class Kernel:
         alike = int.from_bytes(first.to_bytes(WORD, "little") * self.pmd_pages, "little")
         return (alike | self.ramp).to_bytes(self.pmd_pages * WORD, "little")  # the PFN is aligned
 
-    def has(self, pfn: int, flag: int) -> bool:
-        """A frame's flag in /proc/kpageflags; a device's frame may be past its end."""
-        return bool(int.from_bytes(self.machine.words(self.flags, pfn, 1), "little") & flag)
+    def flags_of(self, pfn: int) -> int:
+        """A frame's flags in /proc/kpageflags; 0 past its end, where a device's may be."""
+        return int.from_bytes(self.machine.words(self.kpageflags, pfn, 1), "little")
 
 
 # ---- Parsing ------------------------------------------------------------------------------------
@@ -310,8 +310,7 @@ def escaped(text: str) -> str:
     """The text with what a terminal might obey, or not show, written as escapes."""
     if text.isprintable():
         return text
-    # A byte that is not UTF-8 stands in it as a surrogate (PEP 383).
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # PEP 383
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -335,8 +334,7 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
     two.  memuse is left out, and so are those right above that only wait for it, but for roots.
     """
     own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
-    found = {pid: machine.stat(pid) for pid in sorted(machine.pids())}
-    stats = {pid: stat for pid, stat in found.items() if stat}
+    stats = {pid: stat for pid in sorted(machine.pids()) for stat in [machine.stat(pid)] if stat}
     children: dict[int, list[int]] = defaultdict(list)
     for pid, stat in stats.items():
         children[stat.ppid].append(pid)
@@ -443,23 +441,26 @@ class Process:
 
 
 def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
-    """The entries from page `start` on, without huge zero pages and false EXCLUSIVE bits.
+    """The entries from page `start` on, without huge zero pages and with their true bits.
 
-    All entries of a PMD-mapped huge page have its first page's bit (before Linux 6.11, and seen
-    again in 6.18), while others may have its other pages.  Their mapcounts tell.
+    All entries of a PMD-mapped huge page have its first page's EXCLUSIVE (before Linux 6.11, and
+    seen again in 6.18), while others may have its other pages: their mapcounts tell.  Those of a
+    file can lack FILE_OR_SHARED (seen in 5.10): its flags tell.
     """
-    pages, changed = kernel.pmd_pages, None
-    size = pages * WORD
+    pages, words, counts = kernel.pmd_pages, kernel.machine.words, kernel.kpagecount
+    size, changed = pages * WORD, None
     for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
         entry = int.from_bytes(entries[at : at + WORD], "little")
         pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
         if kind == NOTHING or pfn % pages or entries[at : at + size] != kernel.huge_entries(entry):
             continue
-        exclusive = kind == ANON_EXCLUSIVE
-        if exclusive and {*unpack(kernel.machine.words(kernel.counts, pfn, pages))} != {1}:
-            right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
-        elif not exclusive and kernel.has(pfn, KPF_ZERO_PAGE):
+        flags = kernel.flags_of(pfn)
+        if flags & KPF_ZERO_PAGE:
             right = bytes(size)
+        elif flags & KPF_THP and not flags & KPF_ANON:
+            right = kernel.huge_entries(entry | FILE_OR_SHARED << 56)
+        elif kind == ANON_EXCLUSIVE and {*unpack(words(counts, pfn, pages))} != {1}:
+            right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
         else:
             continue
         changed = changed or bytearray(entries)
@@ -888,7 +889,7 @@ class Census:
                 # In a file's VMA it is a device's memory, which is left out, or copies of the file.
                 for at, pfn in compress(enumerate(pfns_of(entries)), anon) if vma.file else ():
                     known = pfn < len(self.anon.marks) and self.anon.marks[pfn]
-                    if not known and not self.kernel.has(pfn, KPF_ANON):
+                    if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
                         anon[at] = 0
                 self.anon.add(None, start, entries, bytes(anon))
             if IN_SWAP in kinds:
@@ -938,7 +939,7 @@ def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
     own = Counter(kernel.own_pfns(FILE_PAGE))
     for _ in range(3):  # until they stand still: code that runs for the first time adds to them
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
-            words = unpack(kernel.machine.words(kernel.counts, first, number))
+            words = unpack(kernel.machine.words(kernel.kpagecount, first, number))
             mapcounts[first : first + len(words)] = array.array("I", words)
         before, own = own, Counter(kernel.own_pfns(FILE_PAGE))
         if own == before:
@@ -1246,10 +1247,9 @@ def run(machine: Machine, argv: list[str]) -> int:
     columns, roots = arguments.columns, list(dict.fromkeys(map(int, arguments.pids)))
     members = {pid for path in arguments.cgroup or () for pid in cgroup_members(machine, path)}
     nodes = find_processes(machine, roots, members)
-    with_frames = nodes and not FROM_PAGEMAP.isdisjoint(columns)
     with contextlib.ExitStack() as files:
         try:
-            kernel = Kernel(machine, files) if with_frames else None
+            kernel = Kernel(machine, files) if nodes and FROM_PAGEMAP & {*columns} else None
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
         rows = survey(machine, kernel, {*columns}, nodes)

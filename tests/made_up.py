@@ -17,14 +17,15 @@ import memuse
 PRESENT, SWAPPED, OF_FILE, GUARD, WRITE_PROTECTED, EXCLUSIVE, SOFT_DIRTY = (
     1 << bit for bit in (63, 62, 61, 58, 57, 56, 55)
 )
-ANON, NOPAGE, ZERO_PAGE = 1 << 12, 1 << 20, 1 << 24  # in kpageflags
+ANON, NOPAGE, THP, ZERO_PAGE = (1 << bit for bit in (12, 20, 22, 24))  # in kpageflags
 # PFNs: the zero page, the huge one, device memory, and what anyone may map.
-ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE, OWN = (
-    0x3001, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x80000,
+ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE, HUGE_FILES, OWN = (
+    0x3001, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x60000, 0x80000,
 )  # fmt: skip
 POOL, HUGE_POOL = 0x1000, 8  # so many of them; so many huge pages
 FIRST_PID = 5_000_001  # beyond PID_MAX_LIMIT: certainly nobody
 KINDS = "nothing private shared file file_alone zero huge_zero device swap marker guard huge part"
+KINDS += " huge_file huge_untold"
 
 Run = tuple[str, int, int]  # a kind, a number of pages, and where in the pool they begin
 Words = tuple[int, list[int]]  # the number of the first, and they and those after it
@@ -87,7 +88,8 @@ class MadeUp(memuse.Machine):
     def _write_flags(self) -> None:
         pools = [(ZERO, ZERO_PAGE, 1), (HUGE_ZERO, ZERO_PAGE, self.pmd_pages)]
         pools += [(DEVICE, NOPAGE, POOL), (SHARED, ANON, POOL)]
-        pools += [(HUGE, ANON, HUGE_POOL * self.pmd_pages)]
+        pools += [(HUGE, ANON | THP, HUGE_POOL * self.pmd_pages)]
+        pools += [(HUGE_FILES, THP, 2 * self.pmd_pages)]
         runs = [(first, [flag] * number) for first, flag, number in pools]
         self._write_words(self.root / "kpageflags", runs, (1 << 20) + 512)
 
@@ -178,7 +180,7 @@ class MadeUp(memuse.Machine):
             return [SWAPPED | 23 + p % 9 | p << 5 for p in pages]
         if kind == "guard":
             return [SWAPPED | GUARD | p % 32 for p in pages]
-        if kind in {"huge", "huge_zero", "part"} and self.pmd_pages:
+        if kind in {"part", "huge", "huge_zero", "huge_file", "huge_untold"} and self.pmd_pages:
             return self._huge_entries(kind, at, length, base)
         return [0] * length
 
@@ -186,6 +188,9 @@ class MadeUp(memuse.Machine):
         pages, number = range(self.pmd_pages), base % HUGE_POOL
         first = HUGE + number * self.pmd_pages
         empty = [0] * (-at % self.pmd_pages)
+        if kind in {"huge_file", "huge_untold"}:  # before Linux 6.11 a file's are like the others
+            flags = PRESENT | (OF_FILE if kind == "huge_file" else EXCLUSIVE * (number % 2))
+            return empty + [flags | HUGE_FILES + base % 2 * self.pmd_pages + i for i in pages]
         if kind == "huge_zero":
             return empty + [PRESENT | OF_FILE | HUGE_ZERO + i for i in pages]
         if kind == "huge":
@@ -237,7 +242,8 @@ def add_entry(memory: reference.Memory, entry: int) -> None:
     pfn = entry & (1 << 55) - 1
     if entry & PRESENT:
         if pfn >= SHARED:  # neither of the zero pages, nor a device's
-            (memory.file if entry & OF_FILE else memory.anon).add(pfn)
+            of_file = entry & OF_FILE or HUGE_FILES <= pfn < OWN
+            (memory.file if of_file else memory.anon).add(pfn)
             memory.mappings.append(pfn)
     elif entry & SWAPPED and not entry & GUARD and entry & 31 < 23:
         memory.slots.add(pfn)

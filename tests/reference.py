@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-ZERO_PAGE, NOPAGE = 24, 20
+ANON, NOPAGE, THP, ZERO_PAGE = 12, 20, 22, 24
 KCMP = {"x86_64": 312, "s390x": 343, "ppc64le": 354}.get(os.uname().machine, 272)
 VMA = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) .{4} .*?(\[.*\])?\n(?:(?!VmFlags).*\n)*VmFlags:(.*)", re.M
@@ -72,7 +72,7 @@ class Memories:
 
     def __init__(self, kpageflags: BinaryIO) -> None:
         self.kpageflags = kpageflags
-        self.is_memory: dict[int, bool] = {}  # by PFN
+        self.kinds: dict[int, int] = {}  # flags of /proc/kpageflags by PFN
 
     def read(self, pid: int) -> Memory:
         stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
@@ -97,11 +97,13 @@ class Memories:
         for (entry,) in struct.iter_unpack("=Q", entries):
             if entry >> 63:
                 pfn = entry & (1 << 55) - 1
-                if pfn not in self.is_memory:
-                    kinds = word(self.kpageflags, pfn)
-                    self.is_memory[pfn] = not (kinds >> ZERO_PAGE | kinds >> NOPAGE) & 1
-                if self.is_memory[pfn]:
-                    (memory.file if entry >> 61 & 1 else memory.anon).add(pfn)
+                if pfn not in self.kinds:
+                    self.kinds[pfn] = word(self.kpageflags, pfn)
+                kinds = self.kinds[pfn]
+                if not (kinds >> ZERO_PAGE | kinds >> NOPAGE) & 1:
+                    # Of huge pages that PMDs map, older kernels do not tell it in the entry.
+                    of_file = entry >> 61 & 1 or (kinds >> THP & 1 and not kinds >> ANON & 1)
+                    (memory.file if of_file else memory.anon).add(pfn)
                     memory.mappings.append(pfn)
             elif entry >> 62 and not entry >> 58 & 1 and entry & 31 < 23:
                 memory.slots.add(entry & (1 << 55) - 1)

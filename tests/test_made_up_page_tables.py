@@ -72,6 +72,8 @@ ABOUT = {
     "guard": "guard pages counted as swap?",
     "huge": "huge page: counted as a whole?",
     "part": "part of a huge page: counted once?",
+    "huge_file": "huge page of a file: counted once?",
+    "huge_untold": "huge page of a file, of which its entries do not tell: file, counted once?",
 }
 
 
