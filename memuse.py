@@ -8,10 +8,10 @@
     11948  52607    1574 210428 210428   6296  75125    0  └─ python3 server.py
     TOTAL  56415   56415 225660 225660 223508 223695    0 KiB, 3 processes
 
-find_processes() makes rows of PIDs and control groups.  survey() fills them: a Reader reads one
-process whole, and then a Census counts it, in a Ledger each for anonymous memory, for files and for
-the slots of a swap area; kernel_figures() are read in a thread meanwhile.  Census.add_up() makes
-TREE and FREED of it all, table() or as_json() the output.
+find_processes() turns PIDs and control groups into Nodes, one for each row.  For each, survey() has
+a Reader read the whole process, then a Census count it, in one Ledger for anonymous memory, one for
+files and one for each swap area; a second thread reads kernel_figures() meanwhile.  Then
+Census.add_up() makes TREE and FREED of the counts, and table() or as_json() makes the output.
 
 The kernel's interface is described in its Documentation/admin-guide/mm/pagemap.rst and
 Documentation/filesystems/proc.rst, "pagemap.rst" and "proc.rst" below.  PFN: page frame number.
@@ -57,7 +57,7 @@ __version__ = "2.0.0"
 
 Pair = tuple[int, int]
 Place = tuple[Optional[bytes], int]  # a file, or None for the address space; a group of pages
-Row = dict[str, Any]  # a process or TOTAL, by column; one that was not read, is missing
+Row = dict[str, Any]  # a process or TOTAL, by column; what was not read has no key
 
 VANISHED = (FileNotFoundError, ProcessLookupError, psutil.Error)  # it ended, or called exec
 
@@ -80,9 +80,9 @@ EXCLUSIVE, GUARD, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 <
 KPF_ANON, KPF_THP, KPF_ZERO_PAGE = 1 << 12, 1 << 22, 1 << 24  # /proc/kpageflags (pagemap.rst)
 PAGEMAP_SCAN = 0xC0606610  # ioctl (pagemap.rst, since Linux 6.7)
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
-MAP_NORESERVE = 0x4000  # include/uapi/asm-generic/mman-common.h; Python has no name for it
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13 (mmap(2))
 PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
-ENDED = (b"Z", b"X")  # its states (proc.rst, table 1-4)
+ENDED = (b"Z", b"X")  # the states in it of what has ended (proc.rst, table 1-4)
 FIRST_NAMESPACES = {0xEFFFFFFC, 0xEFFFFFFD}  # inodes: PID and user (include/linux/proc_ns.h)
 
 # What an entry stands for.  ANON_EXCLUSIVE: anonymous memory, mapped once in the whole machine.
@@ -108,7 +108,7 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 
 class Machine:
-    """All of /proc and /sys is read through this; tests put made-up machines in its place."""
+    """What memuse reads of /proc and /sys; tests put made-up machines in its place."""
 
     proc, sysfs = "/proc", "/sys"
     page_size = os.sysconf("SC_PAGE_SIZE")
@@ -171,7 +171,7 @@ class Kernel:
     """What the kernel tells of frames: /proc/kpageflags and /proc/kpagecount, held open."""
 
     def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
-        """PermissionError if frames may not be seen; it names the file that refuses."""
+        """PermissionError, or FileNotFoundError, naming a file of frames that cannot be opened."""
         self.machine = machine
         # Memory that is only read maps a zero page; s390 has up to 128 (arch/s390/mm/init.c).
         with lazy_bytes(128 * mmap.PAGESIZE) as memory:
@@ -194,7 +194,7 @@ class Kernel:
         machine, pfns = self.machine, list[int]()
         vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
         with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
-            for start, end in areas_of(vmas):
+            for start, end in areas_of([vma for vma in vmas if vma.file or kind != FILE_PAGE]):
                 entries = machine.words(pagemap, start, end - start)
                 chosen = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[kind])
                 pfns += compress(pfns_of(entries), chosen)
@@ -269,7 +269,7 @@ def areas_of(vmas: list[Vma]) -> list[Pair]:
 
 
 def joined(vmas: list[Vma]) -> list[Vma]:
-    """The same, neighbours as one if they are anonymous, or one file's that goes on likewise."""
+    """The same VMAs; neighbours are joined if all are anonymous, or map one file with one shift."""
     runs = [[*run] for _, run in groupby(vmas, itemgetter(2, 3))]
     return [run[0]._replace(end=run[-1].end) for run in runs]
 
@@ -330,8 +330,8 @@ class Node(NamedTuple):
 def find_processes(machine: Machine, roots: list[int], members: set[int]) -> list[Node]:
     """The roots with all below them, and the members: depth first, siblings by PID.
 
-    From one pass: psutil's children(recursive=True) loses those whose parent exits between its
-    two.  memuse is left out, and so are those right above that only wait for it, but for roots.
+    From one pass: psutil's children(recursive=True) makes two, and loses those whose parent exits
+    in between.  memuse is left out, and so are those right above that only wait, but for roots.
     """
     own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
     stats = {pid: stat for pid in sorted(machine.pids()) for stat in [machine.stat(pid)] if stat}
@@ -510,14 +510,15 @@ class Reader:
         """
         machine, columns, pid, stat = self.machine, self.columns, process.pid, process.stat
         with machine.opened(f"{machine.proc}/{pid}") as directory:
+            thread = living_thread(machine, pid, stat)
             if "command" in columns:
-                cmdline = machine.read("cmdline", directory, COMMAND_LIMIT + 1)
+                cmdline = machine.read(f"{thread or ''}cmdline", directory, COMMAND_LIMIT + 1)
                 process.row["command"] = command_line(cmdline, stat.name)
             if "user" in columns:
                 process.row["user"] = psutil.Process(pid).username()
             if "pte" in columns:
-                process.row["pte"] = size_of(b"VmPTE", machine.read("status", directory))
-            thread = living_thread(machine, pid, stat)
+                status = machine.read(f"{thread or ''}status", directory)
+                process.row["pte"] = size_of(b"VmPTE", status)
             if self.kernel and thread is not None:
                 self._read_pages(row, process, thread, directory)
             if parse_stat(machine.read("stat", directory)).image != stat.image:
@@ -561,7 +562,7 @@ def reason(error: OSError) -> str:
 
 
 def living_thread(machine: Machine, pid: int, stat: Stat) -> str | None:
-    """Where in its directory the files of a thread that lives are; None if it has no mm."""
+    """Path from /proc/PID to a live thread's files; "" if the first lives, None without an mm."""
     if stat.flags & PF_KTHREAD:
         return None
     if stat.state not in ENDED:
@@ -587,7 +588,7 @@ def kernel_figures(machine: Machine, pid: int, stat: Stat) -> dict[str, int]:
 # ---- Counting -----------------------------------------------------------------------------------
 
 NOBODY = -1  # instead of a row
-# Marks of PFNs, 0 for those not known: no memory; known one by one; others are of Blocks.
+# Marks of PFNs.  0: not known.  UNREAL: no memory.  SINGLE: known by itself.  Others: in a Block.
 UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
 MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked through, at a time
 GAP = 64  # PFNs without marks; fewer cost less to read over than another call
@@ -625,7 +626,7 @@ class Block:
     def __init__(self, mark: int) -> None:
         self.mark = mark  # of its PFNs
         self.planes = [0] * PFN_BYTES  # the PFNs: all lanes' lowest bytes, then the next
-        # By row, the lanes whose frames it had first, or last; last[NOBODY]: those without a frame.
+        # By row: lanes whose frames it was first to have, or last.  last[NOBODY]: without a frame.
         self.first: dict[int, int] = {}
         self.last = {NOBODY: ALL_LANES}
         # How often the set maps each lane's frame: a new sum after every 255 additions.
@@ -649,7 +650,7 @@ class Block:
         self.first[row] = self.first.get(row, 0) | lanes
 
     def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
-        """The row has the frames in these lanes; add to `seen` which rows had them last."""
+        """The row has the frames in these lanes.  Count them in `seen`, by who had them last."""
         if mapped:
             if self.additions % 255 == 0:
                 self.mapped.append(0)
@@ -696,10 +697,10 @@ class Ledger:
     A frame that may be shared is entered in a Block, at the place where it is first met: an
     address, or a page of a file.  Forked processes, and those that map the file, have it there.
     A PFN is known at one place only, as `marks` tells.  If it is met elsewhere (KSM, mremap), its
-    Block becomes single: frames known one by one.  So are other frames at a known place (copies).
+    Block is dissolved: its frames become single, known one by one.  So do copies at a known place.
 
-    Rows come depth first.  The lowest common ancestor of the first and the last row that had a
-    frame is that of all that have it.  The next row and the last are a pair that has it in common.
+    Rows come depth first: the lowest common ancestor of all rows with a frame is that of the first
+    and the last.  TREE: each later row takes it off where it meets the row that had it just before.
     """
 
     def __init__(self, parents: list[int], zero_pages: Sequence[int] = ()) -> None:
@@ -717,7 +718,7 @@ class Ledger:
             self.marks[pfn] = UNREAL
 
     def begin(self, row: int, sibling: int | None) -> None:
-        self.row, self.sibling = row, sibling  # the kernel counts their common mappings once
+        self.row, self.sibling = row, sibling  # with a sibling, its mappings are counted already
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
         self.astray: list[int] = []  # PFNs that it has away from their Blocks
 
@@ -911,7 +912,7 @@ class Census:
             self.slots[swap_type].add(None, start, offsets, as_bytes(of_type))
 
     def add_up(self, with_freed: bool) -> None:
-        """All rows are counted; for FREED, it is read how often the machine maps their frames."""
+        """All rows are counted.  FREED also takes how often the whole machine maps each frame."""
         mapcounts = mapcounts_of(self.kernel, self.anon, self.file) if with_freed else None
         for ledger in (self.anon, self.file, *self.slots.values()):
             ledger.add_up(mapcounts if ledger in (self.anon, self.file) else None)
@@ -937,7 +938,7 @@ def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
     highest = max(len(ledger.marks) for ledger in ledgers)
     mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
     own = Counter(kernel.own_pfns(FILE_PAGE))
-    for _ in range(3):  # until they stand still: code that runs for the first time adds to them
+    for _ in range(3):  # until `own` stays the same: code that runs for the first time is mapped
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
             words = unpack(kernel.machine.words(kernel.kpagecount, first, number))
             mapcounts[first : first + len(words)] = array.array("I", words)
@@ -981,7 +982,7 @@ IN_JSON += ["rss", "pss", "uss", "swap", "command"]
 
 
 def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) -> list[Row]:
-    """Read and count these processes as one set; without a kernel, no page tables.
+    """Read and count these processes as one set; without a kernel, no frames.
 
     Returns a row for each that has not exited, and TOTAL.  "unread" tells why one was not read.
     """
@@ -1014,7 +1015,7 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     rows: list[Row] = []
     depths = [-1]
     for number, (node, process) in enumerate(zip(nodes, processes), 1):
-        depths.append(depths[node.parent] + bool(process))  # below one that exited: its siblings
+        depths.append(depths[node.parent] + bool(process))  # children of one that exited move up
         if not process:
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
@@ -1027,11 +1028,10 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
             except VANISHED:
                 pass  # its frames stay counted
         if process.unread:
-            row = {name: value for name, value in row.items() if name not in FIGURES}
-            row["unread"] = process.unread
+            row = {**{name: row[name] for name in row.keys() - FIGURES}, "unread": process.unread}
         rows.append(row)
     sums = {name: [row[name] for row in rows if name in row] for name in SUMS & columns}
-    total = {name: sum(figures) for name, figures in sums.items() if figures}
+    total = {name: sum(values) for name, values in sums.items() if values}
     return [*rows, {**total, **census.figures(0)}]
 
 
@@ -1040,7 +1040,7 @@ def kib(size: int) -> str:
 
 
 def human(size: int) -> str:
-    """A size like 6.9M, in powers of 1024, as du and free write them."""
+    """A size like 6.9M, in powers of 1024; to the nearest, where du rounds up."""
     value, power = float(size), 0
     while round(value) >= 1024:
         value, power = value / 1024, power + 1
@@ -1105,7 +1105,7 @@ def shortened(tree: str, command: str, room: int, dots: str) -> str:
     over = columns_of(tree) + columns_of(command) - room if room else 0
     # The program's name and its first arguments tell processes apart best.
     directory = command.partition(" ")[0].rpartition("/")[0]
-    if over > 0 and directory:
+    if over > 0 and directory and command[0] != "[":  # a kernel thread's name is no path
         left = cut(directory, columns_of(directory) - over - 1)
         command = left + dots + command[len(directory) :]
     return cut(tree + command, room) if room else tree + command
@@ -1184,9 +1184,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "  sudo memuse -o tree,freed,pid,command 1 | sort -rn | head   the biggest branches",
     )
     add, unit = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    const: Any = {"dest": "size", "action": "store_const", "default": kib}
-    unit("-b", "--bytes", const=str, help="sizes in bytes", **const)
-    unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **const)
+    common: Any = {"dest": "size", "action": "store_const", "default": kib}
+    unit("-b", "--bytes", const=str, help="sizes in bytes", **common)
+    unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **common)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
     add("-o", "--output", metavar="COLUMNS", help="columns to show; +COLUMNS adds to the default")
     add("-g", "--cgroup", metavar="PATH", action="append", help="a control group with all below it")

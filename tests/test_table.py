@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,15 @@ def test_page_tables_are_vmpte_and_their_sum(forked: int) -> None:
         (kib,) = re.findall(r"^VmPTE:\s+(\d+) kB$", status, re.M)
         assert row["pte"] == int(kib) * 1024 > 0
     assert report["total"] == {"pte": sum(row["pte"] for row in report["processes"])}
+
+
+def test_page_tables_and_command_of_a_process_whose_first_thread_has_ended(
+    scene: Callable[..., int],
+) -> None:
+    """The files of that thread are empty."""
+    (row,) = measured("-o", "pte,command", scene("lone_thread"))["processes"]
+    assert row["pte"] > 0
+    assert "lone_thread" in row["command"]
 
 
 def test_a_set_has_no_uss_of_its_own(forked: int) -> None:
