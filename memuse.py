@@ -457,7 +457,7 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
         flags = kernel.flags_of(pfn)
         if flags & KPF_ZERO_PAGE:
             right = bytes(size)
-        elif flags & KPF_THP and not flags & KPF_ANON:
+        elif kind != FILE_PAGE and flags & (KPF_THP | KPF_ANON) == KPF_THP:
             right = kernel.huge_entries(entry | FILE_OR_SHARED << 56)
         elif kind == ANON_EXCLUSIVE and {*unpack(words(counts, pfn, pages))} != {1}:
             right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
@@ -763,8 +763,8 @@ class Ledger:
         up = 8 * lane
         planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
         lanes = int.from_bytes(chosen, "little") << up
-        here, vacant = block.same(planes, lanes), lanes & block.last.get(NOBODY, 0)
-        fresh = as_bytes(vacant >> up)
+        here = block.same(planes, lanes)
+        fresh = as_bytes((lanes & block.last.get(NOBODY, 0)) >> up)
         if fresh:
             new, marks, mark = bytearray(fresh), self.marks, block.mark
             for at, pfn in zip(compress(count(), fresh), self._pfns(entries, fresh)):
