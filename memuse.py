@@ -591,8 +591,7 @@ NOBODY = -1  # instead of a row
 # Marks of PFNs.  0: not known.  UNREAL: no memory.  SINGLE: known by itself.  Others: in a Block.
 UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
 MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked through, at a time
-GAP = 64  # PFNs without marks; fewer cost less to read over than another call
-MARKED = re.compile(rb"[^\0]+(?:\0{1,%d}[^\0]+)*" % GAP)
+GAP = b"\x80" * 64  # unknown PFNs; fewer cost less to read over than another call
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(b"\x80" * LANES, "little")
 FEW = 16  # so many pages take less memory one by one than in a Block
@@ -724,11 +723,14 @@ class Ledger:
 
     def marked_runs(self) -> Iterator[Pair]:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
-        nothing = bytes(MARKS_PART)
         for start in range(0, len(self.marks), MARKS_PART):
             part = self.marks[start : start + MARKS_PART]
-            for run in MARKED.finditer(part) if part != nothing else ():
-                yield start + run.start(), len(run[0])
+            unknown = part.translate(EQUALS[0]) + GAP if part != bytes(len(part)) else GAP
+            first = unknown.find(0)
+            while first >= 0:
+                end = unknown.find(GAP, first)
+                yield start + first, end - first
+                first = unknown.find(0, end)
 
     def add_private(self, frames: int) -> None:
         """Take in private frames, which siblings have in common."""
