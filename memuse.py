@@ -219,18 +219,20 @@ SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,1
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
 
-def unpack(words: bytes) -> array.array[int]:
-    numbers = array.array("Q", words)
+def low_halves(words: bytes) -> memoryview:
+    """The lower 32 bits of each word."""
+    halves = array.array("I", words)
     if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
+        halves.byteswap()
+    return memoryview(halves)[::2]
 
 
 def pfns_of(entries: bytes) -> list[int]:
     """The PFNs in entries, or what stands in their bits."""
-    if entries[4::WORD].count(0) == len(entries) // WORD and sys.byteorder == "little":
-        return memoryview(entries).cast("I")[::2].tolist()  # in a quarter of the time
-    return [entry & PFN_MASK for entry in unpack(entries)]
+    number = len(entries) // WORD
+    if entries[4::WORD].count(0) == number:  # bits 32-39
+        return low_halves(entries).tolist()  # in a quarter of the time
+    return [entry & PFN_MASK for entry in struct.unpack(f"<{number}Q", entries)]
 
 
 class Vma(NamedTuple):
@@ -459,7 +461,7 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
             right = bytes(size)
         elif kind != FILE_PAGE and flags & (KPF_THP | KPF_ANON) == KPF_THP:
             right = kernel.huge_entries(entry | FILE_OR_SHARED << 56)
-        elif kind == ANON_EXCLUSIVE and {*unpack(words(counts, pfn, pages))} != {1}:
+        elif kind == ANON_EXCLUSIVE and {*low_halves(words(counts, pfn, pages))} != {1}:
             right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
         else:
             continue
@@ -942,8 +944,8 @@ def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
     own = Counter(kernel.own_pfns(FILE_PAGE))
     for _ in range(3):  # until `own` stays the same: code that runs for the first time is mapped
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
-            words = unpack(kernel.machine.words(kernel.kpagecount, first, number))
-            mapcounts[first : first + len(words)] = array.array("I", words)
+            counts = low_halves(kernel.machine.words(kernel.kpagecount, first, number))
+            mapcounts[first : first + len(counts)] = counts
         before, own = own, Counter(kernel.own_pfns(FILE_PAGE))
         if own == before:
             break
