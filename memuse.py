@@ -1284,7 +1284,6 @@ def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
         # At once: an exception could be lost in a destructor, or tell its traceback at exit.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    sys.setswitchinterval(0.0005)  # a tenth of Python's: two threads take turns in small steps
     try:
         if sys.stdout is None:
             raise Error("standard output is closed")
