@@ -272,8 +272,8 @@ def areas_of(vmas: list[Vma]) -> list[Pair]:
 
 def joined(vmas: list[Vma]) -> list[Vma]:
     """The same VMAs; neighbours are joined if all are anonymous, or map one file with one shift."""
-    runs = [[*run] for _, run in groupby(vmas, itemgetter(2, 3))]
-    return [run[0]._replace(end=run[-1].end) for run in runs]
+    runs = [(alike, [*run]) for alike, run in groupby(vmas, itemgetter(2, 3))]
+    return [Vma(run[0].start, run[-1].end, *alike) for alike, run in runs]
 
 
 def size_of(name: bytes, text: bytes) -> int:
