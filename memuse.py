@@ -295,15 +295,13 @@ class Stat(NamedTuple):
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
-    ppid, flags, threads = int(fields[1]), int(fields[6]), int(fields[17])
     image = [fields[19], *fields[23:26], *fields[42:49]]
-    return Stat(name, fields[0], ppid, flags, threads, image)
+    return Stat(name, fields[0], int(fields[1]), int(fields[6]), int(fields[17]), image)
 
 
 def command_line(cmdline: bytes, name: bytes) -> str:
     """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
-    line = cmdline.rstrip(b"\0").replace(b"\0", b" ")
-    line = line if line.strip() else b"[%s]" % name
+    line = cmdline.replace(b"\0", b" ").rstrip(b" ") or b"[%s]" % name
     shown = escaped(line[:COMMAND_LIMIT].decode("utf-8", "surrogateescape"))
     return shown + "..." if len(line) > COMMAND_LIMIT else shown
 
@@ -418,7 +416,6 @@ class Process:
     def __init__(self, node: Node) -> None:
         self.pid, self.stat = node.pid, node.stat
         self.row: Row = {"pid": node.pid, "ppid": node.stat.ppid}
-        self.unread: str | None = None  # why its memory could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
         # What others may have: a VMA, a page in it, and the entries from there on.
         self.pieces: list[tuple[Vma, int, bytes]] = []
@@ -492,7 +489,7 @@ class Reader:
                 self._read(row, process)
                 return process
             except PermissionError as error:
-                process.unread = reason(error)
+                process.row["unread"] = reason(error)
                 return process
             except VANISHED:
                 stat = self.machine.stat(node.pid)
@@ -501,7 +498,7 @@ class Reader:
             if stat.flags & PF_EXITING and stat.threads == 1 and stat.state not in ENDED:
                 return None  # it tears down its mm, which can take long; no zombie yet
             node = node._replace(stat=stat)
-        process.unread = "it changed whenever it was read"
+        process.row["unread"] = "it changed whenever it was read"
         return process
 
     def _read(self, row: int, process: Process) -> None:
@@ -576,7 +573,7 @@ def living_thread(machine: Machine, pid: int, stat: Stat) -> str | None:
     return None
 
 
-def kernel_figures(machine: Machine, pid: int, stat: Stat) -> dict[str, int]:
+def kernel_figures(machine: Machine, pid: int, stat: Stat) -> Row:
     """RSS, PSS and USS from smaps_rollup; one of VANISHED if it exited or called exec."""
     thread, text = living_thread(machine, pid, stat), b""
     if thread is not None:
@@ -990,7 +987,7 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
 
     Returns a row for each that has not exited, and TOTAL.  "unread" tells why one was not read.
     """
-    figures: dict[int, dict[str, int]] = {}
+    figures: dict[int, Row] = {}
 
     def read_figures() -> None:
         for row, node in enumerate(nodes, 1):
@@ -1009,7 +1006,7 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     for number, node in enumerate(nodes, 1):
         process = reader.read(number, node)
         processes.append(process)
-        if process and not process.unread:
+        if process and "unread" not in process.row:
             census.count(number, process)
     census.add_up(kernel is not None and "freed" in columns)
     if thread.is_alive():
@@ -1028,11 +1025,11 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
             try:
                 row.update(of_image or kernel_figures(machine, node.pid, process.stat))
             except PermissionError as error:
-                process.unread = process.unread or reason(error)
+                row.setdefault("unread", reason(error))
             except VANISHED:
                 pass  # its frames stay counted
-        if process.unread:
-            row = {**{name: row[name] for name in row.keys() - FIGURES}, "unread": process.unread}
+        if "unread" in row:
+            row = {name: row[name] for name in row.keys() - FIGURES}
         rows.append(row)
     sums = {name: [row[name] for row in rows if name in row] for name in SUMS & columns}
     total = {name: sum(values) for name, values in sums.items() if values}
