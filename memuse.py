@@ -71,7 +71,7 @@ class Error(Exception):
 WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in native order
 
 # A pagemap entry (pagemap.rst).  Bits 0-54 hold the PFN, or swap type (0-4) and offset.
-PFN_BYTES = 5  # physical addresses have 52 bits at the most; no swap area has more slots
+PFN_BYTES = 5  # for addresses of 52 bits, the most on x86-64 and arm64; swap has fewer slots
 PFN_MASK = (1 << 8 * PFN_BYTES) - 1
 SWAP_TYPE_BITS = 5
 SWAP_TYPES = 23  # from here up: migration, poison, device, markers (MAX_SWAPFILES, linux/swap.h)
@@ -214,13 +214,13 @@ class Kernel:
 
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
-HOLE = 256  # pages that cost less to read over than another call
+HOLE = 256  # pages; fewer cost less to read over than another call
 SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
 
 def low_halves(words: bytes) -> memoryview:
-    """The lower 32 bits of each word."""
+    """The lower 32 bits of each little-endian word."""
     halves = array.array("I", words)
     if sys.byteorder == "big":
         halves.byteswap()
@@ -230,7 +230,7 @@ def low_halves(words: bytes) -> memoryview:
 def pfns_of(entries: bytes) -> list[int]:
     """The PFNs in entries, or what stands in their bits."""
     number = len(entries) // WORD
-    if entries[4::WORD].count(0) == number:  # bits 32-39
+    if entries[4::WORD].count(0) == number:  # no PFN has more than 32 bits
         return low_halves(entries).tolist()  # in a quarter of the time
     return [entry & PFN_MASK for entry in struct.unpack(f"<{number}Q", entries)]
 
@@ -301,7 +301,8 @@ def parse_stat(text: bytes) -> Stat:
 
 def command_line(cmdline: bytes, name: bytes) -> str:
     """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
-    line = cmdline.replace(b"\0", b" ").rstrip(b" ") or b"[%s]" % name
+    line = cmdline.rstrip(b"\0").replace(b"\0", b" ")
+    line = line if line.strip() else b"[%s]" % name
     shown = escaped(line[:COMMAND_LIMIT].decode("utf-8", "surrogateescape"))
     return shown + "..." if len(line) > COMMAND_LIMIT else shown
 
@@ -422,9 +423,8 @@ class Process:
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
         self.sibling: int | None = None  # the last row before that shares the address space
 
-    def add(self, kernel: Kernel, vmas: list[Vma], start: int, entries: bytes) -> None:
-        """Take in the entries from page `start` on, with huge pages whole."""
-        entries = corrected(kernel, start, entries)
+    def add(self, vmas: list[Vma], start: int, entries: bytes) -> None:
+        """Take in the corrected entries from page `start` on."""
         kinds = entries[FLAGS::WORD].translate(KINDS)
         at = kinds.find(ANON_EXCLUSIVE)
         if at >= 0:
@@ -536,7 +536,7 @@ class Reader:
                     entries = machine.words(pagemap, start, stop - start)
                     if len(entries) != (stop - start) * WORD:
                         raise ProcessLookupError
-                    process.add(self.kernel, files, start, entries)
+                    process.add(files, start, corrected(self.kernel, start, entries))
                     self._tell_progress(row - 1, stop - start)
                     start = stop
             if process.witness:
@@ -589,7 +589,7 @@ def kernel_figures(machine: Machine, pid: int, stat: Stat) -> Row:
 NOBODY = -1  # instead of a row
 # Marks of PFNs.  0: not known.  UNREAL: no memory.  SINGLE: known by itself.  Others: in a Block.
 UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
-MARKS_GROWTH, MARKS_PART = 1 << 20, 1 << 12  # so many are added, or looked through, at a time
+MARKS_GROWTH, UNMARKED = 1 << 20, bytes(1 << 12)  # added, or looked through, at a time
 GAP = b"\x80" * 64  # unknown PFNs; fewer cost less to read over than another call
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(b"\x80" * LANES, "little")
@@ -685,7 +685,7 @@ class Block:
 
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes mapped at most as often as the set maps them; some may have no frame."""
-        there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # of less than two it is no tuple
+        there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # with one key it would be no tuple
         return int.from_bytes(map(le, there, self.mappings()), "little") << 7
 
 
@@ -722,9 +722,9 @@ class Ledger:
 
     def marked_runs(self) -> Iterator[Pair]:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
-        for start in range(0, len(self.marks), MARKS_PART):
-            part = self.marks[start : start + MARKS_PART]
-            unknown = part.translate(EQUALS[0]) + GAP if part != bytes(len(part)) else GAP
+        for start in range(0, len(self.marks), len(UNMARKED)):
+            part = self.marks[start : start + len(UNMARKED)]
+            unknown = part.translate(EQUALS[0]) + GAP if part != UNMARKED else GAP
             first = unknown.find(0)
             while first >= 0:
                 end = unknown.find(GAP, first)
@@ -853,7 +853,7 @@ class Ledger:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
         for first, last, private in {id(space): space for space in self.spaces.values()}.values():
             yield first, last, private
-        # Their mapcount is what the set maps, or less where a process has ended meanwhile.
+        # The mapcount of such frames is what the set maps, or less if a process ended meanwhile.
         for block in filter(None, self.blocks.values()):
             alone = block.mapped_by_nobody_else(mapcounts)
             for first, last, lanes in block.by_rows():
@@ -994,7 +994,7 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
             with contextlib.suppress(OSError, MemoryError):  # the main thread asks again
                 figures[row] = kernel_figures(machine, node.pid, node.stat)
 
-    # This is half of the kernel's work.  It holds no interpreter lock, and runs while we count.
+    # Half of the kernel's work, done while we count: its calls hold no interpreter lock.
     thread = threading.Thread(target=read_figures, daemon=True)
     with_figures = not columns.isdisjoint(ROLLUP)
     if with_figures:
@@ -1021,9 +1021,9 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
             continue
         row = {**process.row, "depth": depths[-1], **census.figures(number)}
         if with_figures:
-            of_image = figures.get(number) if process.stat.image == node.stat.image else None
+            early = figures.get(number) if process.stat.image == node.stat.image else None
             try:
-                row.update(of_image or kernel_figures(machine, node.pid, process.stat))
+                row.update(early or kernel_figures(machine, node.pid, process.stat))
             except PermissionError as error:
                 row.setdefault("unread", reason(error))
             except VANISHED:

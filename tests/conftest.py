@@ -100,7 +100,7 @@ def inside(machine: Any, *arguments: object, **environment: str) -> Result:
 
     if isinstance(machine, str):
         machine = machines.named(machine)
-    handler, interval = signal.getsignal(signal.SIGINT), sys.getswitchinterval()
+    handler = signal.getsignal(signal.SIGINT)
     file = functools.partial(tempfile.TemporaryFile, "w+", encoding="utf-8")
     with file() as output, file() as errors, pytest.MonkeyPatch.context() as patch:
         patch.delenv("COLUMNS", raising=False)
@@ -113,7 +113,6 @@ def inside(machine: Any, *arguments: object, **environment: str) -> Result:
             status = int(end.code or 0)
         finally:
             signal.signal(signal.SIGINT, handler)
-            sys.setswitchinterval(interval)
         output.seek(0)
         errors.seek(0)
         return subprocess.CompletedProcess([], status, output.read(), errors.read())

@@ -212,6 +212,7 @@ def test_only_a_command_line_that_is_cut_shows_that() -> None:
     limit = memuse.COMMAND_LIMIT
     assert memuse.command_line(b"x" * limit + b"\0", b"name") == "x" * limit
     assert memuse.command_line(b"x" * (limit + 1), b"name") == "x" * limit + "..."
+    assert memuse.command_line(b"x" * limit + b" ", b"name") == "x" * limit + "..."
 
 
 @given(st.text())

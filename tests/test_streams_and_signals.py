@@ -113,12 +113,11 @@ def test_no_streams(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     """What Python has for stdout and stderr that are closed."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    before, interval = signal.getsignal(signal.SIGINT), sys.getswitchinterval()
+    before = signal.getsignal(signal.SIGINT)
     try:
         assert module.main(arguments) == 1
     finally:
         signal.signal(signal.SIGINT, before)
-        sys.setswitchinterval(interval)
 
 
 # ---- Progress -------------------------------------------------------------------
