@@ -309,8 +309,6 @@ def command_line(cmdline: bytes, name: bytes) -> str:
 
 def escaped(text: str) -> str:
     """The text with what a terminal might obey, or not show, written as escapes."""
-    if text.isprintable():
-        return text
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # PEP 383
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
