@@ -107,6 +107,16 @@ SHAREABLE = bytes([0, 0]) + b"\x80" * 254
 SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
 
 
+class Descriptor(int):
+    """A file descriptor; `with` closes it at its end."""
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self)
+
+
 class Machine:
     """What memuse reads of /proc and /sys; tests put made-up machines in its place."""
 
@@ -117,19 +127,16 @@ class Machine:
     def pids(self) -> list[int]:
         return psutil.pids()
 
-    @contextlib.contextmanager
-    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
-        """A file descriptor; the path may be relative to a directory that is open."""
-        fd = os.open(path, os.O_RDONLY, dir_fd=directory)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def opened(self, path: str, directory: int | None = None) -> Descriptor:
+        """A file, or a directory; the path may be relative to one that is open."""
+        return Descriptor(os.open(path, os.O_RDONLY, dir_fd=directory))
 
     def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
         """A file's bytes; with `at_most`, what a single read of so many gives."""
-        with self.opened(path, directory) as fd, open(fd, "rb", 0, closefd=False) as file:
-            return file.read(at_most)
+        with self.opened(path, directory) as fd:
+            if at_most > 0:
+                return os.read(fd, at_most)
+            return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         return os.pread(fd, size, offset)
