@@ -452,7 +452,7 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
     file can lack FILE_OR_SHARED (seen in 5.10): its flags tell.
     """
     pages, words, counts = kernel.pmd_pages, kernel.machine.words, kernel.kpagecount
-    size, changed = pages * WORD, None
+    size = pages * WORD
     for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
         entry = int.from_bytes(entries[at : at + WORD], "little")
         pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
@@ -467,9 +467,8 @@ def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
             right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
         else:
             continue
-        changed = changed or bytearray(entries)
-        changed[at : at + size] = right
-    return bytes(changed) if changed else entries
+        entries = entries[:at] + right + entries[at + size :]
+    return entries
 
 
 class Reader:
@@ -580,9 +579,8 @@ def living_thread(machine: Machine, pid: int, stat: Stat) -> str | None:
 
 def kernel_figures(machine: Machine, pid: int, stat: Stat) -> Row:
     """RSS, PSS and USS from smaps_rollup; one of VANISHED if it exited or called exec."""
-    thread, text = living_thread(machine, pid, stat), b""
-    if thread is not None:
-        text = machine.read(f"{machine.proc}/{pid}/{thread}smaps_rollup")
+    thread = living_thread(machine, pid, stat)
+    text = b"" if thread is None else machine.read(f"{machine.proc}/{pid}/{thread}smaps_rollup")
     now = machine.stat(pid)
     if not now or now.image != stat.image or (thread is not None and not text):
         raise ProcessLookupError
@@ -710,9 +708,9 @@ class Ledger:
         self.parents = parents
         self.marks = lazy_bytes(max(zero_pages, default=0) + MARKS_GROWTH)  # a byte for each PFN
         self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
-        self.marked: dict[int, list[Place]] = defaultdict(list)  # places of Blocks by their mark
         # By PFN // SINGLES: first row, last row and number of mappings of each, interleaved.
-        self.singles: dict[int, array.array[int]] = {}
+        self.singles: dict[int, array.array[int]]
+        self.singles = defaultdict(lambda: array.array("i", bytes(12 * SINGLES)))
         # An address space: the first and the last row that share it, and its private frames.
         self.spaces: dict[int, list[int]] = {}  # by row; siblings have the same
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
@@ -755,11 +753,10 @@ class Ledger:
             block = self.blocks.get(place)
             if not block and place not in self.blocks and left.count(0x80) > FEW:
                 block = self.blocks[place] = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
-                self.marked[block.mark].append(place)
             if block:
                 left = self._add_to(block, lane, part, left)
                 if max(len(block.first), len(block.last)) > MAX_ROWS:
-                    self._dissolve(place)
+                    self._dissolve(place, block)
             if left:
                 self._look_at(self._pfns(part, left))
             low = chosen.find(0x80, stop)
@@ -812,25 +809,23 @@ class Ledger:
     def _make_single(self, pfn: int, *record: int) -> None:
         """Know a frame by itself: its first row, its last row, and how often the set maps it."""
         self.marks[pfn] = SINGLE
-        if pfn // SINGLES not in self.singles:
-            self.singles[pfn // SINGLES] = array.array("i", bytes(12 * SINGLES))
         at = pfn % SINGLES * 3
         self.singles[pfn // SINGLES][at : at + 3] = array.array("i", record)
 
-    def _dissolve(self, place: Place) -> None:
-        """Make the frames of a Block single, unless that was done."""
-        block, self.blocks[place] = self.blocks[place], None
-        if block:
-            pfns, mapped = block.pfns(), block.mappings()
-            for first, last, lanes in block.by_rows():
-                for lane in compress(count(), as_bytes(lanes)):
-                    self._make_single(pfns[lane], first, last, mapped[lane])
+    def _dissolve(self, place: Place, block: Block) -> None:
+        """Make the frames of a Block single."""
+        self.blocks[place] = None
+        pfns, mapped = block.pfns(), block.mappings()
+        for first, last, lanes in block.by_rows():
+            for lane in compress(count(), as_bytes(lanes)):
+                self._make_single(pfns[lane], first, last, mapped[lane])
 
     def finish(self) -> None:
         """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
-        for mark in {self.marks[pfn] for pfn in self.astray} - {SINGLE}:
-            for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
-                self._dissolve(place)
+        homes = {self.marks[pfn] for pfn in self.astray}
+        for place, block in self.blocks.items() if homes else ():
+            if block and block.mark in homes:
+                self._dissolve(place, block)
         self._look_at([*self.astray])
         self.new[self.row] = self.seen.pop(NOBODY, 0)
         self.own[self.row] = self.new[self.row] + sum(self.seen.values())
@@ -993,18 +988,17 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     Returns a row for each that has not exited, and TOTAL.  "unread" tells why one was not read.
     """
     figures: dict[int, Row] = {}
+    with_figures = not columns.isdisjoint(ROLLUP)
 
     def read_figures() -> None:
-        for row, node in enumerate(nodes, 1):
+        for row, node in enumerate(nodes if with_figures else (), 1):
             with contextlib.suppress(OSError, MemoryError):  # the main thread asks again
                 figures[row] = kernel_figures(machine, node.pid, node.stat)
 
     # Half of the kernel's work, done while we count: its calls hold no interpreter lock.
     thread = threading.Thread(target=read_figures, daemon=True)
-    with_figures = not columns.isdisjoint(ROLLUP)
-    if with_figures:
-        with contextlib.suppress(RuntimeError):  # no thread is to be had: all is read below
-            thread.start()
+    with contextlib.suppress(RuntimeError):  # no thread is to be had: all is read below
+        thread.start()
     reader = Reader(machine, kernel, columns, len(nodes))
     census = Census(kernel, machine.page_size, nodes)
     processes: list[Process | None] = []
