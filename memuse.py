@@ -526,6 +526,8 @@ class Reader:
                 self._read_pages(row, process, thread, directory)
             if parse_stat(machine.read("stat", directory)).image != stat.image:
                 raise ProcessLookupError
+        if process.witness:  # not earlier: read again, it would be its own sibling
+            self.witnesses[process.witness] = row, f"{machine.proc}/{pid}/{thread}pagemap"
 
     def _read_pages(self, row: int, process: Process, thread: str, directory: int) -> None:
         machine, size = self.machine, max(SPAN, self.kernel.pmd_pages)
@@ -545,8 +547,6 @@ class Reader:
                     start = stop
             if process.witness:
                 process.sibling = self._find_vm_sibling(process.witness, pagemap)
-                path = f"{machine.proc}/{process.pid}/{thread}pagemap"
-                self.witnesses[process.witness] = row, path
 
     def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int | None:
         """The last row that has the same ANON_EXCLUSIVE frame there at the time (CLONE_VM)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -13,6 +15,7 @@ import reference
 from conftest import KIB, has_no_differences, inside
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from machines import path_of
 from made_up import FIRST_PID, KINDS, Area, MadeUp
 
 import memuse
@@ -155,6 +158,37 @@ def test_what_memuse_itself_comes_to_map_meanwhile_is_no_outsiders(tmp_path: Pat
     machine.add([(True, 0, [("file", 100, 0)])])
     check(machine, about="kpagecount not read again once memuse's own mappings changed?")
     assert machine.looks == 4
+
+
+class Late(MadeUp):
+    """One in which processes call exec, or exit, once all of them is read."""
+
+    execs: tuple[int, ...] = ()
+
+    def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
+        pid = int(os.path.basename(path_of(directory))) if directory is not None else 0
+        if path == "stat" and pid in {*self.execs, *self.vanishing.values()}:
+            if pid in self.vanishing.values():
+                shutil.rmtree(self.root / str(pid))
+            self.execs = tuple({*self.execs} - {pid})
+            raise ProcessLookupError
+        return super().read(path, directory, at_most)
+
+
+def test_a_process_that_is_read_again_is_not_its_own_sibling(tmp_path: Path) -> None:
+    machine = Late(tmp_path)
+    machine.add(OTHER_PAGES[0])
+    machine.execs = (machine.add(OTHER_PAGES[1], FIRST_PID),)
+    check(machine, about="mappings left out, as if they were another's, too?")
+    assert not machine.execs
+
+
+def test_siblings_of_one_that_exits_while_it_is_read(tmp_path: Path) -> None:
+    machine = Late(tmp_path)
+    machine.add(OTHER_PAGES[0])
+    machine.vanishing = {0: machine.add_twin(FIRST_PID, FIRST_PID)}
+    machine.add_twin(FIRST_PID, FIRST_PID)
+    check(machine, about="address space not known again?")
 
 
 # ---- Any page tables ------------------------------------------------------------
