@@ -414,6 +414,7 @@ def cgroup_members(machine: Machine, path: str) -> set[int]:
 # ---- Reading a process --------------------------------------------------------------------------
 
 SPAN = 1 << 13  # pages read at a time; what is larger is searched for what is resident
+NOBODY = 0  # instead of a row: TOTAL's, which has nothing of its own
 
 
 class Process:
@@ -426,7 +427,7 @@ class Process:
         # What others may have: a VMA, a page in it, and the entries from there on.
         self.pieces: list[tuple[Vma, int, bytes]] = []
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
-        self.sibling: int | None = None  # the last row before that shares the address space
+        self.sibling = NOBODY  # the last row before that shares the address space
 
     def add(self, vmas: list[Vma], start: int, entries: bytes) -> None:
         """Take in the corrected entries from page `start` on."""
@@ -548,15 +549,15 @@ class Reader:
             if process.witness:
                 process.sibling = self._find_vm_sibling(process.witness, pagemap)
 
-    def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int | None:
+    def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int:
         """The last row that has the same ANON_EXCLUSIVE frame there at the time (CLONE_VM)."""
-        row, path = self.witnesses.get(witness, (None, ""))
+        row, path = self.witnesses.get(witness, (NOBODY, ""))
         if row:
             with contextlib.suppress(OSError), self.machine.opened(path) as other:
                 there = self.machine.words(other, witness[0], 1)
                 if there and there == self.machine.words(pagemap, witness[0], 1):
-                    return row if KINDS[there[FLAGS]] == ANON_EXCLUSIVE else None
-        return None
+                    return row if KINDS[there[FLAGS]] == ANON_EXCLUSIVE else NOBODY
+        return NOBODY
 
 
 def reason(error: OSError) -> str:
@@ -589,7 +590,6 @@ def kernel_figures(machine: Machine, pid: int, stat: Stat) -> Row:
 
 # ---- Counting -----------------------------------------------------------------------------------
 
-NOBODY = -1  # instead of a row
 # Marks of PFNs.  0: not known.  UNREAL: no memory.  SINGLE: known by itself.  Others: in a Block.
 UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
 MARKS_GROWTH, UNMARKED = 1 << 20, bytes(1 << 12)  # added, or looked through, at a time
@@ -708,17 +708,17 @@ class Ledger:
         self.parents = parents
         self.marks = lazy_bytes(max(zero_pages, default=0) + MARKS_GROWTH)  # a byte for each PFN
         self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
-        # By PFN // SINGLES: first row, last row and number of mappings of each, interleaved.
+        # By PFN // SINGLES: first row, last row and number of mappings of each, or 0s; interleaved.
         self.singles: dict[int, array.array[int]]
         self.singles = defaultdict(lambda: array.array("i", bytes(12 * SINGLES)))
-        # An address space: the first and the last row that share it, and its private frames.
-        self.spaces: dict[int, list[int]] = {}  # by row; siblings have the same
+        # An address space, by the last row that shares it: the first, and its private frames.
+        self.spaces: dict[int, Pair] = {}
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         self.own, self.new, self.below, self.freed = ([0] * len(parents) for _ in range(4))
         for pfn in zero_pages:
             self.marks[pfn] = UNREAL
 
-    def begin(self, row: int, sibling: int | None) -> None:
+    def begin(self, row: int, sibling: int) -> None:
         self.row, self.sibling = row, sibling  # with a sibling, its mappings are counted already
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
         self.astray: list[int] = []  # PFNs that it has away from their Blocks
@@ -736,11 +736,10 @@ class Ledger:
 
     def add_private(self, frames: int) -> None:
         """Take in private frames, which siblings have in common."""
-        space = self.spaces[self.row] = self.spaces.get(self.sibling or 0) or [self.row] * 2 + [0]
-        first, last, counted = space
-        self.seen[last] += min(frames, counted)
+        first, counted = self.spaces.pop(self.sibling, (self.row, 0))
+        self.seen[self.sibling] += min(frames, counted)
         self.seen[NOBODY] += frames - min(frames, counted)
-        space[:] = first, self.row, max(frames, counted)
+        self.spaces[self.row] = first, max(frames, counted)
 
     def add(self, file: bytes | None, page: int, entries: bytes, chosen: bytes) -> None:
         """Take in the row's entries that `chosen` marks by 0x80, which begin at this page."""
@@ -750,9 +749,9 @@ class Ledger:
             stop = low - lane + LANES
             high = chosen.rfind(0x80, low, stop) + 1
             part, left, place = entries[low * WORD : high * WORD], chosen[low:high], (file, group)
+            if place not in self.blocks and left.count(0x80) > FEW:
+                self.blocks[place] = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
             block = self.blocks.get(place)
-            if not block and place not in self.blocks and left.count(0x80) > FEW:
-                block = self.blocks[place] = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
             if block:
                 left = self._add_to(block, lane, part, left)
                 if max(len(block.first), len(block.last)) > MAX_ROWS:
@@ -779,7 +778,7 @@ class Ledger:
             block.enter(self.row, planes, entered)
             here |= entered
         if here:
-            block.see(self.row, here, self.seen, self.sibling is None)
+            block.see(self.row, here, self.seen, self.sibling == NOBODY)
         return as_bytes((lanes ^ here) >> up)
 
     def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
@@ -791,26 +790,20 @@ class Ledger:
 
     def _look_at(self, pfns: list[int]) -> None:
         """Take in the row's frames one by one; those of Blocks wait until finish()."""
-        row, marks, singles, once = self.row, self.marks, self.singles, self.sibling is None
+        row, marks, singles, once = self.row, self.marks, self.singles, self.sibling == NOBODY
         for pfn in pfns:
             mark = marks[pfn]
             if mark > SINGLE:
                 self.astray.append(pfn)
             elif mark != UNREAL:
-                if mark != SINGLE:
-                    self._make_single(pfn, row, NOBODY, 0)
                 frames, at = singles[pfn // SINGLES], pfn % SINGLES * 3
+                if mark != SINGLE:
+                    marks[pfn], frames[at] = SINGLE, row
                 last = frames[at + 1]
                 if last != row:
                     self.seen[last] += 1
                     frames[at + 1] = row
                 frames[at + 2] += once
-
-    def _make_single(self, pfn: int, *record: int) -> None:
-        """Know a frame by itself: its first row, its last row, and how often the set maps it."""
-        self.marks[pfn] = SINGLE
-        at = pfn % SINGLES * 3
-        self.singles[pfn // SINGLES][at : at + 3] = array.array("i", record)
 
     def _dissolve(self, place: Place, block: Block) -> None:
         """Make the frames of a Block single."""
@@ -818,7 +811,9 @@ class Ledger:
         pfns, mapped = block.pfns(), block.mappings()
         for first, last, lanes in block.by_rows():
             for lane in compress(count(), as_bytes(lanes)):
-                self._make_single(pfns[lane], first, last, mapped[lane])
+                frames, at = self.singles[pfns[lane] // SINGLES], pfns[lane] % SINGLES * 3
+                frames[at : at + 3] = array.array("i", [first, last, mapped[lane]])
+                self.marks[pfns[lane]] = SINGLE
 
     def finish(self) -> None:
         """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
@@ -827,18 +822,16 @@ class Ledger:
             if block and block.mark in homes:
                 self._dissolve(place, block)
         self._look_at([*self.astray])
+        self.own[self.row] = self.below[self.row] = sum(self.seen.values())
         self.new[self.row] = self.seen.pop(NOBODY, 0)
-        self.own[self.row] = self.new[self.row] + sum(self.seen.values())
-        self.below[self.row] += self.own[self.row]
         for other, number in self.seen.items():
             self.below[self._common_ancestor(other, self.row)] -= number
 
-    def _common_ancestor(self, one: int, other: int) -> int:
-        """The lowest row above both, or either itself; a subtree is an interval of rows."""
-        least, row = min(one, other), max(one, other)
-        while row > least:
-            row = self.parents[row]
-        return row
+    def _common_ancestor(self, first: int, last: int) -> int:
+        """The lowest row that has both below it, or is one of them: subtrees are intervals."""
+        while last > first:
+            last = self.parents[last]
+        return last
 
     def add_up(self, mapcounts: memoryview | None) -> None:
         """All rows are counted: sum over subtrees; `freed` only with mapcounts."""
@@ -851,7 +844,7 @@ class Ledger:
 
     def _freed(self, mapcounts: memoryview) -> Iterator[tuple[int, int, int]]:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
-        for first, last, private in {id(space): space for space in self.spaces.values()}.values():
+        for last, (first, private) in self.spaces.items():
             yield first, last, private
         # The mapcount of such frames is what the set maps, or less if a process ended meanwhile.
         for block in filter(None, self.blocks.values()):
