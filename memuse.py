@@ -207,7 +207,33 @@ class Kernel:
                 pfns += compress(pfns_of(entries), chosen)
         return pfns
 
-    def huge_entries(self, first: int) -> bytes:
+    def corrected(self, start: int, entries: bytes) -> bytes:
+        """The entries from page `start` on, without huge zero pages and with their true bits.
+
+        All entries of a PMD-mapped huge page have its first page's EXCLUSIVE (before Linux 6.11,
+        and seen again in 6.18), while others may have its other pages: their mapcounts tell.
+        Those of a file can lack FILE_OR_SHARED (seen in 5.10): its flags tell.
+        """
+        pages, words, counts = self.pmd_pages, self.machine.words, self.kpagecount
+        size = pages * WORD
+        for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
+            entry = int.from_bytes(entries[at : at + WORD], "little")
+            pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
+            if kind == NOTHING or pfn % pages or entries[at : at + size] != self.huge_page(entry):
+                continue
+            flags = self.flags_of(pfn)
+            if flags & KPF_ZERO_PAGE:
+                right = bytes(size)
+            elif kind != FILE_PAGE and flags & (KPF_THP | KPF_ANON) == KPF_THP:
+                right = self.huge_page(entry | FILE_OR_SHARED << 56)
+            elif kind == ANON_EXCLUSIVE and {*low_halves(words(counts, pfn, pages))} != {1}:
+                right = self.huge_page(entry & ~(EXCLUSIVE << 56))
+            else:
+                continue
+            entries = entries[:at] + right + entries[at + size :]
+        return entries
+
+    def huge_page(self, first: int) -> bytes:
         """The entries of a PMD-mapped huge page: the first's flags, and PFNs that go up by one."""
         alike = int.from_bytes(first.to_bytes(WORD, "little") * self.pmd_pages, "little")
         return (alike | self.ramp).to_bytes(self.pmd_pages * WORD, "little")  # the PFN is aligned
@@ -445,33 +471,6 @@ class Process:
                 self.pieces.append((vma, start + first, entries[first * WORD : end * WORD]))
 
 
-def corrected(kernel: Kernel, start: int, entries: bytes) -> bytes:
-    """The entries from page `start` on, without huge zero pages and with their true bits.
-
-    All entries of a PMD-mapped huge page have its first page's EXCLUSIVE (before Linux 6.11, and
-    seen again in 6.18), while others may have its other pages: their mapcounts tell.  Those of a
-    file can lack FILE_OR_SHARED (seen in 5.10): its flags tell.
-    """
-    pages, words, counts = kernel.pmd_pages, kernel.machine.words, kernel.kpagecount
-    size = pages * WORD
-    for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
-        entry = int.from_bytes(entries[at : at + WORD], "little")
-        pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
-        if kind == NOTHING or pfn % pages or entries[at : at + size] != kernel.huge_entries(entry):
-            continue
-        flags = kernel.flags_of(pfn)
-        if flags & KPF_ZERO_PAGE:
-            right = bytes(size)
-        elif kind != FILE_PAGE and flags & (KPF_THP | KPF_ANON) == KPF_THP:
-            right = kernel.huge_entries(entry | FILE_OR_SHARED << 56)
-        elif kind == ANON_EXCLUSIVE and {*low_halves(words(counts, pfn, pages))} != {1}:
-            right = kernel.huge_entries(entry & ~(EXCLUSIVE << 56))
-        else:
-            continue
-        entries = entries[:at] + right + entries[at + size :]
-    return entries
-
-
 class Reader:
     def __init__(self, machine: Machine, kernel: Any, columns: set[str], processes: int) -> None:
         self.machine, self.kernel, self.columns = machine, kernel, columns
@@ -543,7 +542,7 @@ class Reader:
                     entries = machine.words(pagemap, start, stop - start)
                     if len(entries) != (stop - start) * WORD:
                         raise ProcessLookupError
-                    process.add(files, start, corrected(self.kernel, start, entries))
+                    process.add(files, start, self.kernel.corrected(start, entries))
                     self._tell_progress(row - 1, stop - start)
                     start = stop
             if process.witness:
