@@ -380,8 +380,7 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
     chosen = (chosen | members) & stats.keys() - {own_pid}
     child, pid = own_pid, stats[own_pid].ppid if own_pid in stats else 0
     while pid in stats and stats[pid].name in WAITERS and children[pid] == [child]:
-        if pid not in roots:
-            chosen.discard(pid)
+        chosen -= {pid} - {*roots}
         child, pid = pid, stats[pid].ppid
 
     # Tops come first, with the others below them.  A PID used anew can make parents a circle.
@@ -560,7 +559,7 @@ class Reader:
 
 
 def reason(error: OSError) -> str:
-    name = f"{os.path.basename(os.fsdecode(error.filename))}: " if error.filename else ""
+    name = f"{os.path.basename(error.filename)}: " if error.filename else ""
     return f"{name}{error.strerror} (another user's process takes CAP_SYS_PTRACE)"
 
 
@@ -1057,8 +1056,7 @@ def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     for depth in reversed(depths):
         line = "".join(down if above in later else "   " for above in range(1, depth))
         lines.append(f" {line}{tee if depth in later else corner}" if depth else "")
-        later.add(depth)
-        later.discard(depth + 1)  # all its children are drawn
+        later = later - {depth + 1} | {depth}  # its children are all drawn
     return lines[::-1]
 
 
@@ -1067,15 +1065,14 @@ def table(rows: list[Row], columns: list[str], size: Callable[[int], str], width
     encoding = sys.stdout.encoding
 
     def cell(row: Row, name: str) -> str:
-        value = row.get(name)
-        if value is None:
-            return "TOTAL" if name == "pid" else "-"
-        text = size(value) if name in SIZES else str(value)
+        if name not in row:
+            return "-"
+        text = size(row[name]) if name in SIZES else str(row[name])
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     skipped = sum("unread" in row for row in rows)
     about = plural(len(rows) - 1) + (f", {skipped} unread" if skipped else "")
-    rows = [*rows[:-1], {**rows[-1], "command": UNITS[size] + about, "depth": 0}]
+    rows = [*rows[:-1], {**rows[-1], "pid": "TOTAL", "command": UNITS[size] + about, "depth": 0}]
     cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
     if "command" in columns:
         others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
@@ -1208,7 +1205,7 @@ def refusal(machine: Machine, refused: OSError, nodes: list[Node], argv: list[st
     """What to run where a file about page frames cannot be read."""
     import shlex  # not above: few need it
 
-    program, path = sys.argv[0], os.fsdecode(refused.filename)
+    program, path = sys.argv[0], refused.filename
     if isinstance(refused, FileNotFoundError):
         return Error(f"no {path}: a kernel without CONFIG_PROC_PAGE_MONITOR")
     needs = f"{path} shows no page frames without CAP_SYS_ADMIN"
@@ -1248,8 +1245,8 @@ def run(machine: Machine, argv: list[str]) -> int:
 
     found, shown = {node.pid for node in nodes}, {row["pid"] for row in rows[:-1]}
     failures = [why_missing(machine, pid) for pid in roots if pid not in found]
-    gone = [pid for pid in roots if pid in found - shown]
-    failures += [f"process {pid} exited while it was being read" for pid in gone]
+    exited = found - shown
+    failures += [f"process {pid} exited while it was being read" for pid in roots if pid in exited]
     skipped = {row["pid"]: row["unread"] for row in rows if "unread" in row}
     for why in dict.fromkeys(skipped.values()):
         pids = [str(pid) for pid in skipped if skipped[pid] == why]
@@ -1261,7 +1258,7 @@ def run(machine: Machine, argv: list[str]) -> int:
     else:
         lines = table(rows, columns, arguments.size, width_of_output())
     write("".join(f"{line}\n" for line in lines), sys.stdout)
-    others = len(found) - len(shown) - len(gone)
+    others = len(exited - {*roots})
     notes = [f"{plural(others)} exited while being read"] if others else []
     complain(*failures, *notes)
     return 1 if failures else 0
@@ -1282,7 +1279,7 @@ def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
         if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
             complain("there is not enough memory")
         else:
-            complain(f"{os.fsdecode(error.filename or 'reading')}: {error.strerror}")
+            complain(f"{error.filename or 'reading'}: {error.strerror}")
     return 1
 
 
