@@ -445,9 +445,9 @@ NOBODY = 0  # instead of a row: TOTAL's, which has nothing of its own
 class Process:
     """One process; it is counted only once all of it is read."""
 
-    def __init__(self, node: Node) -> None:
-        self.pid, self.stat = node.pid, node.stat
-        self.row: Row = {"pid": node.pid, "ppid": node.stat.ppid}
+    def __init__(self, row: int, node: Node) -> None:
+        self.row, self.pid, self.stat = row, node.pid, node.stat
+        self.cells: Row = {"pid": node.pid, "ppid": node.stat.ppid}
         self.private = 0  # how many frames are ANON_EXCLUSIVE
         # What others may have: a VMA, a page in it, and the entries from there on.
         self.pieces: list[tuple[Vma, int, bytes]] = []
@@ -487,12 +487,12 @@ class Reader:
     def read(self, row: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
         for _ in range(3):
-            process = Process(node)
+            process = Process(row, node)
             try:
-                self._read(row, process)
+                self._read(process)
                 return process
             except PermissionError as error:
-                process.row["unread"] = reason(error)
+                process.cells["unread"] = reason(error)
                 return process
             except VANISHED:
                 stat = self.machine.stat(node.pid)
@@ -501,10 +501,10 @@ class Reader:
             if stat.flags & PF_EXITING and stat.threads == 1 and stat.state not in ENDED:
                 return None  # it tears down its mm, which can take long; no zombie yet
             node = node._replace(stat=stat)
-        process.row["unread"] = "it changed whenever it was read"
+        process.cells["unread"] = "it changed whenever it was read"
         return process
 
-    def _read(self, row: int, process: Process) -> None:
+    def _read(self, process: Process) -> None:
         """Raises one of VANISHED if it ends or calls exec.
 
         Its files are opened by way of one descriptor of its directory, between two looks at its
@@ -515,20 +515,20 @@ class Reader:
             thread = living_thread(machine, pid, stat)
             if "command" in columns:
                 cmdline = machine.read(f"{thread or ''}cmdline", directory, COMMAND_LIMIT + 1)
-                process.row["command"] = command_line(cmdline, stat.name)
+                process.cells["command"] = command_line(cmdline, stat.name)
             if "user" in columns:
-                process.row["user"] = psutil.Process(pid).username()
+                process.cells["user"] = psutil.Process(pid).username()
             if "pte" in columns:
                 status = machine.read(f"{thread or ''}status", directory)
-                process.row["pte"] = size_of(b"VmPTE", status)
+                process.cells["pte"] = size_of(b"VmPTE", status)
             if self.kernel and thread is not None:
-                self._read_pages(row, process, thread, directory)
+                self._read_pages(process, thread, directory)
             if parse_stat(machine.read("stat", directory)).image != stat.image:
                 raise ProcessLookupError
         if process.witness:  # not earlier: read again, it would be its own sibling
-            self.witnesses[process.witness] = row, f"{machine.proc}/{pid}/{thread}pagemap"
+            self.witnesses[process.witness] = process.row, f"{machine.proc}/{pid}/{thread}pagemap"
 
-    def _read_pages(self, row: int, process: Process, thread: str, directory: int) -> None:
+    def _read_pages(self, process: Process, thread: str, directory: int) -> None:
         machine, size = self.machine, max(SPAN, self.kernel.pmd_pages)
         with machine.opened(f"{thread}pagemap", directory) as pagemap:
             vmas = parse_maps(machine.read(f"{thread}maps", directory), machine.page_size)
@@ -542,7 +542,7 @@ class Reader:
                     if len(entries) != (stop - start) * WORD:
                         raise ProcessLookupError
                     process.add(files, start, self.kernel.corrected(start, entries))
-                    self._tell_progress(row - 1, stop - start)
+                    self._tell_progress(process.row - 1, stop - start)
                     start = stop
             if process.witness:
                 process.sibling = self._find_vm_sibling(process.witness, pagemap)
@@ -867,10 +867,10 @@ class Census:
         self.anon, self.file = Ledger(self.parents, zero_pages), Ledger(self.parents, zero_pages)
         self.slots: dict[int, Ledger] = {}  # by swap type
 
-    def count(self, row: int, process: Process) -> None:
+    def count(self, process: Process) -> None:
         """Count what a process has: what is a file's by its place there, else by address."""
         for ledger in (self.anon, self.file, *self.slots.values()):
-            ledger.begin(row, process.sibling)
+            ledger.begin(process.row, process.sibling)
         self.anon.add_private(process.private)
         for vma, start, entries in process.pieces:
             kinds = entries[FLAGS::WORD].translate(KINDS)
@@ -992,36 +992,35 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
         thread.start()
     reader = Reader(machine, kernel, columns, len(nodes))
     census = Census(kernel, machine.page_size, nodes)
-    processes: list[Process | None] = []
-    for number, node in enumerate(nodes, 1):
-        process = reader.read(number, node)
-        processes.append(process)
-        if process and "unread" not in process.row:
-            census.count(number, process)
+    processes: list[Process] = []
+    depths = [-1]
+    for row, node in enumerate(nodes, 1):
+        process = reader.read(row, node)
+        depths.append(depths[node.parent] + bool(process))  # children of one that exited move up
+        if process:
+            processes.append(process)
+            if "unread" not in process.cells:
+                census.count(process)
     census.add_up(kernel is not None and "freed" in columns)
     if thread.is_alive():
         thread.join()
     write(reader.eraser, sys.stderr)
 
     rows: list[Row] = []
-    depths = [-1]
-    for number, (node, process) in enumerate(zip(nodes, processes), 1):
-        depths.append(depths[node.parent] + bool(process))  # children of one that exited move up
-        if not process:
-            continue
-        row = {**process.row, "depth": depths[-1], **census.figures(number)}
+    for process in processes:
+        cells = {**process.cells, "depth": depths[process.row], **census.figures(process.row)}
         if with_figures:
-            early = figures.get(number) if process.stat.image == node.stat.image else None
+            early = figures.get(process.row) if process.stat is nodes[process.row - 1].stat else {}
             try:
-                row.update(early or kernel_figures(machine, node.pid, process.stat))
+                cells.update(early or kernel_figures(machine, process.pid, process.stat))
             except PermissionError as error:
-                row.setdefault("unread", reason(error))
+                cells.setdefault("unread", reason(error))
             except VANISHED:
                 pass  # its frames stay counted
-        if "unread" in row:
-            row = {name: row[name] for name in row.keys() - FIGURES}
-        rows.append(row)
-    sums = {name: [row[name] for row in rows if name in row] for name in SUMS & columns}
+        if "unread" in cells:
+            cells = {name: cells[name] for name in cells.keys() - FIGURES}
+        rows.append(cells)
+    sums = {name: [cells[name] for cells in rows if name in cells] for name in SUMS & columns}
     total = {name: sum(values) for name, values in sums.items() if values}
     return [*rows, {**total, **census.figures(0)}]
 
