@@ -57,7 +57,7 @@ __version__ = "2.0.0"
 
 Pair = tuple[int, int]
 Place = tuple[Optional[bytes], int]  # a file, or None for the address space; a group of pages
-Row = dict[str, Any]  # a process or TOTAL, by column; what was not read has no key
+Row = dict[str, Any]  # its cells, by column; what was not read has no key
 
 VANISHED = (FileNotFoundError, ProcessLookupError, psutil.Error)  # it ended, or called exec
 
@@ -99,12 +99,11 @@ def kind_of(flags: int) -> int:
     return IN_SWAP if flags & SWAPPED and not flags & GUARD else NOTHING
 
 
-# Tables for bytes.translate: flags to kinds; one byte to 0x80 and all others to 0; kinds to 0x80
-# where others may have the same; an entry's lowest byte to its swap type.
-KINDS = bytes(map(kind_of, range(256)))
-EQUALS = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]
-SHAREABLE = bytes([0, 0]) + b"\x80" * 254
-SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))
+# Tables for bytes.translate.
+KINDS = bytes(map(kind_of, range(256)))  # of flags
+EQUALS = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]  # 0x80 for one byte
+SHAREABLE = bytes([0, 0]) + b"\x80" * 254  # 0x80 for the kinds of what others may have, too
+SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))  # of the lowest byte
 
 
 class Descriptor(int):
@@ -197,7 +196,7 @@ class Kernel:
         self.ramp = int.from_bytes(ramp, "little")
 
     def own_pfns(self, kind: int) -> list[int]:
-        """The PFNs of all pages of memuse itself that are of this kind."""
+        """The PFNs of memuse's own pages of this kind."""
         machine, pfns = self.machine, list[int]()
         vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
         with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
@@ -212,7 +211,7 @@ class Kernel:
 
         All entries of a PMD-mapped huge page have its first page's EXCLUSIVE (before Linux 6.11,
         and seen again in 6.18), while others may have its other pages: their mapcounts tell.
-        Those of a file can lack FILE_OR_SHARED (seen in 5.10): its flags tell.
+        A file's can lack FILE_OR_SHARED (seen in 5.10): kpageflags tells.
         """
         pages, words, counts = self.pmd_pages, self.machine.words, self.kpagecount
         size = pages * WORD
@@ -247,7 +246,7 @@ class Kernel:
 
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
-HOLE = 256  # pages; fewer cost less to read over than another call
+AREAS_APART = 256  # pages; fewer cost less to read over than another call
 SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
@@ -295,10 +294,10 @@ def parse_maps(maps: bytes, page_size: int) -> list[Vma]:
 
 
 def areas_of(vmas: list[Vma]) -> list[Pair]:
-    """Where anything is mapped; areas with less than a HOLE between them are one."""
+    """Where anything is mapped; areas that are not far apart are one."""
     areas: list[Pair] = []
     for vma in vmas:
-        near = areas and vma.start - areas[-1][1] < HOLE
+        near = areas and vma.start - areas[-1][1] < AREAS_APART
         areas.append((areas.pop()[0] if near else vma.start, vma.end))
     return areas
 
@@ -363,7 +362,7 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
     """The roots with all below them, and the members: depth first, siblings by PID.
 
     From one pass: psutil's children(recursive=True) makes two, and loses those whose parent exits
-    in between.  memuse is left out, and so are those right above that only wait, but for roots.
+    in between.  memuse is left out, and so are those right above that only wait and are no roots.
     """
     own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
     stats = {pid: stat for pid in sorted(machine.pids()) for stat in [machine.stat(pid)] if stat}
@@ -383,7 +382,7 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
         chosen -= {pid} - {*roots}
         child, pid = pid, stats[pid].ppid
 
-    # Tops come first, with the others below them.  A PID used anew can make parents a circle.
+    # First those without a chosen parent.  Others are tops only if PIDs used anew make a circle.
     tops = [pid for pid in (*roots, *sorted(chosen)) if pid in chosen]
     tops.sort(key=lambda pid: stats[pid].ppid in chosen)
     nodes: list[Node] = []
@@ -590,8 +589,8 @@ def kernel_figures(machine: Machine, pid: int, stat: Stat) -> Row:
 
 # Marks of PFNs.  0: not known.  UNREAL: no memory.  SINGLE: known by itself.  Others: in a Block.
 UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
-MARKS_GROWTH, UNMARKED = 1 << 20, bytes(1 << 12)  # added, or looked through, at a time
-GAP = b"\x80" * 64  # unknown PFNs; fewer cost less to read over than another call
+MARKS_GROWTH, UNMARKED = 1 << 20, bytes(1 << 12)  # marks grow by these, are searched by those
+RUNS_APART = b"\x80" * 64  # unknown PFNs; fewer cost less to read over than another call
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(b"\x80" * LANES, "little")
 FEW = 16  # so many pages take less memory one by one than in a Block
@@ -633,7 +632,7 @@ class Block:
         self.additions = 0
 
     def same(self, planes: list[int], lanes: int) -> int:
-        """Those of the lanes that have the same frames here as there."""
+        """Those of the lanes in which this Block has the same frames as the planes."""
         lanes &= ~self.last.get(NOBODY, 0)
         differ = 0
         for one, other in zip(planes, self.planes) if lanes else ():
@@ -648,9 +647,9 @@ class Block:
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.first[row] = self.first.get(row, 0) | lanes
 
-    def see(self, row: int, lanes: int, seen: dict[int, int], mapped: bool) -> None:
+    def see(self, row: int, lanes: int, seen: dict[int, int], once: bool) -> None:
         """The row has the frames in these lanes.  Count them in `seen`, by who had them last."""
-        if mapped:
+        if once:
             if self.additions % 255 == 0:
                 self.mapped.append(0)
             self.additions += 1
@@ -696,10 +695,12 @@ class Ledger:
     A frame that may be shared is entered in a Block, at the place where it is first met: an
     address, or a page of a file.  Forked processes, and those that map the file, have it there.
     A PFN is known at one place only, as `marks` tells.  If it is met elsewhere (KSM, mremap), its
-    Block is dissolved: its frames become single, known one by one.  So do copies at a known place.
+    Block is dissolved: its frames become single, known one by one.  So is what a process has in
+    place of a known frame (copy-on-write).
 
     Rows come depth first: the lowest common ancestor of all rows with a frame is that of the first
-    and the last.  TREE: each later row takes it off where it meets the row that had it just before.
+    and the last.  In TREE, every row with a frame adds it, and each but the first takes it off at
+    its lowest common ancestor with the row that had it just before.
     """
 
     def __init__(self, parents: list[int], zero_pages: Sequence[int] = ()) -> None:
@@ -712,7 +713,7 @@ class Ledger:
         # An address space, by the last row that shares it: the first, and its private frames.
         self.spaces: dict[int, Pair] = {}
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
-        self.own, self.new, self.below, self.freed = ([0] * len(parents) for _ in range(4))
+        self.own, self.new, self.tree, self.freed = ([0] * len(parents) for _ in range(4))
         for pfn in zero_pages:
             self.marks[pfn] = UNREAL
 
@@ -725,10 +726,10 @@ class Ledger:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
         for start in range(0, len(self.marks), len(UNMARKED)):
             part = self.marks[start : start + len(UNMARKED)]
-            unknown = part.translate(EQUALS[0]) + GAP if part != UNMARKED else GAP
+            unknown = part.translate(EQUALS[0]) + RUNS_APART if part != UNMARKED else RUNS_APART
             first = unknown.find(0)
             while first >= 0:
-                end = unknown.find(GAP, first)
+                end = unknown.find(RUNS_APART, first)
                 yield start + first, end - first
                 first = unknown.find(0, end)
 
@@ -773,14 +774,15 @@ class Ledger:
                 else:
                     marks[pfn] = mark
             entered = int.from_bytes(new, "little") << up
-            block.enter(self.row, planes, entered)
-            here |= entered
+            if entered:
+                block.enter(self.row, planes, entered)
+                here |= entered
         if here:
             block.see(self.row, here, self.seen, self.sibling == NOBODY)
         return as_bytes((lanes ^ here) >> up)
 
     def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
-        """The PFNs of entries that are chosen; at least one is."""
+        """The PFNs of the chosen entries, at least one; and room for their marks."""
         pfns = list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
         if max(pfns) >= len(self.marks):
             self.marks.resize(max(pfns) + MARKS_GROWTH)
@@ -820,10 +822,10 @@ class Ledger:
             if block and block.mark in homes:
                 self._dissolve(place, block)
         self._look_at([*self.astray])
-        self.own[self.row] = self.below[self.row] = sum(self.seen.values())
+        self.own[self.row] = self.tree[self.row] = sum(self.seen.values())
         self.new[self.row] = self.seen.pop(NOBODY, 0)
         for other, number in self.seen.items():
-            self.below[self._common_ancestor(other, self.row)] -= number
+            self.tree[self._common_ancestor(other, self.row)] -= number
 
     def _common_ancestor(self, first: int, last: int) -> int:
         """The lowest row that has both below it, or is one of them: subtrees are intervals."""
@@ -835,10 +837,10 @@ class Ledger:
         """All rows are counted: sum over subtrees; `freed` only with mapcounts."""
         for first, last, number in self._freed(mapcounts) if mapcounts else ():
             self.freed[self._common_ancestor(first, last)] += number
-        for figures in (self.below, self.freed):
+        for figures in (self.tree, self.freed):
             for row in range(len(figures) - 1, 0, -1):
                 figures[self.parents[row]] += figures[row]
-        self.own[0], self.new[0] = self.below[0], sum(self.new)
+        self.own[0], self.new[0] = self.tree[0], sum(self.new)
 
     def _freed(self, mapcounts: memoryview) -> Iterator[tuple[int, int, int]]:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
@@ -879,7 +881,7 @@ class Census:
                 self.file.add(vma.file, start + vma.shift, entries, of_file)
             if ANON_OR_DEVICE in kinds:
                 anon = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
-                # In a file's VMA it is a device's memory, which is left out, or copies of the file.
+                # In a file's VMA it is a driver's memory, which is left out, or copies of the file.
                 for at, pfn in compress(enumerate(pfns_of(entries)), anon) if vma.file else ():
                     known = pfn < len(self.anon.marks) and self.anon.marks[pfn]
                     if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
@@ -917,7 +919,7 @@ class Census:
             "frames": frames,
             "unique": anon.new[row] + file.new[row],
             "size": frames * page,
-            "tree": (anon.below[row] + file.below[row]) * page,
+            "tree": (anon.tree[row] + file.tree[row]) * page,
             "freed": (anon.freed[row] + file.freed[row]) * page,
             "anon": anon.own[row] * page,
             "file": file.own[row] * page,
@@ -926,11 +928,11 @@ class Census:
 
 
 def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
-    """By PFN, how often others than memuse map their frames (kpagecount, pagemap.rst)."""
+    """By PFN, how often processes other than memuse map the frame (kpagecount, pagemap.rst)."""
     highest = max(len(ledger.marks) for ledger in ledgers)
     mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
     own = Counter(kernel.own_pfns(FILE_PAGE))
-    for _ in range(3):  # until `own` stays the same: code that runs for the first time is mapped
+    for _ in range(3):  # again if memuse came to map more: code, when it first runs
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
             counts = low_halves(kernel.machine.words(kernel.kpagecount, first, number))
             mapcounts[first : first + len(counts)] = counts
@@ -965,7 +967,7 @@ COLUMNS = {
 }
 FROM_PAGEMAP = {"frames", "unique", "size", "tree", "freed", "anon", "file", "swap"}
 ROLLUP = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}  # fields that begin so are added up
-SUMS = {"rss", "pss", "pte"}
+SUMS = {"rss", "pss", "pte"}  # TOTAL has the sum
 FIGURES = FROM_PAGEMAP | ROLLUP.keys() | SUMS
 SIZES, TEXTS = FIGURES - {"frames", "unique"}, {"user", "command"}
 IN_TABLE = ["pid", "frames", "unique", "size", "tree", "freed", "pss", "swap", "command"]
