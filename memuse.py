@@ -707,6 +707,7 @@ class Ledger:
         self.parents = parents
         self.marks = lazy_bytes(max(zero_pages, default=0) + MARKS_GROWTH)  # a byte for each PFN
         self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
+        self.marked: dict[int, list[Place]] = defaultdict(list)  # places of Blocks by their mark
         # By PFN // SINGLES: first row, last row and number of mappings of each, or 0s; interleaved.
         self.singles: dict[int, array.array[int]]
         self.singles = defaultdict(lambda: array.array("i", bytes(12 * SINGLES)))
@@ -749,12 +750,14 @@ class Ledger:
             high = chosen.rfind(0x80, low, stop) + 1
             part, left, place = entries[low * WORD : high * WORD], chosen[low:high], (file, group)
             if place not in self.blocks and left.count(0x80) > FEW:
-                self.blocks[place] = Block(OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)])
+                mark = OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)]
+                self.blocks[place] = Block(mark)
+                self.marked[mark].append(place)
             block = self.blocks.get(place)
             if block:
                 left = self._add_to(block, lane, part, left)
                 if max(len(block.first), len(block.last)) > MAX_ROWS:
-                    self._dissolve(place, block)
+                    self._dissolve(place)
             if left:
                 self._look_at(self._pfns(part, left))
             low = chosen.find(0x80, stop)
@@ -805,22 +808,22 @@ class Ledger:
                     frames[at + 1] = row
                 frames[at + 2] += once
 
-    def _dissolve(self, place: Place, block: Block) -> None:
-        """Make the frames of a Block single."""
-        self.blocks[place] = None
-        pfns, mapped = block.pfns(), block.mappings()
-        for first, last, lanes in block.by_rows():
-            for lane in compress(count(), as_bytes(lanes)):
-                frames, at = self.singles[pfns[lane] // SINGLES], pfns[lane] % SINGLES * 3
-                frames[at : at + 3] = array.array("i", [first, last, mapped[lane]])
-                self.marks[pfns[lane]] = SINGLE
+    def _dissolve(self, place: Place) -> None:
+        """Make the frames of a Block single, unless that was done."""
+        block, self.blocks[place] = self.blocks[place], None
+        if block:
+            pfns, mapped = block.pfns(), block.mappings()
+            for first, last, lanes in block.by_rows():
+                for lane in compress(count(), as_bytes(lanes)):
+                    frames, at = self.singles[pfns[lane] // SINGLES], pfns[lane] % SINGLES * 3
+                    frames[at : at + 3] = array.array("i", [first, last, mapped[lane]])
+                    self.marks[pfns[lane]] = SINGLE
 
     def finish(self) -> None:
         """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
-        homes = {self.marks[pfn] for pfn in self.astray}
-        for place, block in self.blocks.items() if homes else ():
-            if block and block.mark in homes:
-                self._dissolve(place, block)
+        for mark in {self.marks[pfn] for pfn in self.astray} - {SINGLE}:
+            for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
+                self._dissolve(place)
         self._look_at([*self.astray])
         self.own[self.row] = self.tree[self.row] = sum(self.seen.values())
         self.new[self.row] = self.seen.pop(NOBODY, 0)
