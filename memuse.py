@@ -38,6 +38,7 @@ import time
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate, chain, compress, count, groupby, takewhile
 from operator import itemgetter, le
 from typing import Any, NamedTuple, NoReturn, Optional, TextIO
@@ -308,6 +309,13 @@ def joined(vmas: list[Vma]) -> list[Vma]:
     return [Vma(run[0].start, run[-1].end, *alike) for alike, run in runs]
 
 
+@lru_cache(maxsize=1)  # forked processes often have the same
+def layout_of(maps: bytes, page_size: int) -> tuple[list[Pair], list[Vma]]:
+    """Where a process has anything, and its VMAs, joined."""
+    vmas = parse_maps(maps, page_size)
+    return areas_of(vmas), joined(vmas)
+
+
 def size_of(name: bytes, text: bytes) -> int:
     """Fields with this name, or that begin so, in smaps_rollup or status (proc.rst), in bytes."""
     return sum(int(kib) * 1024 for field, kib in SIZE.findall(text) if field.startswith(name))
@@ -530,9 +538,8 @@ class Reader:
     def _read_pages(self, process: Process, thread: str, directory: int) -> None:
         machine, size = self.machine, max(SPAN, self.kernel.pmd_pages)
         with machine.opened(f"{thread}pagemap", directory) as pagemap:
-            vmas = parse_maps(machine.read(f"{thread}maps", directory), machine.page_size)
-            files = joined(vmas)
-            for start, end in areas_of(vmas):
+            areas, files = layout_of(machine.read(f"{thread}maps", directory), machine.page_size)
+            for start, end in areas:
                 while start < end:
                     if end - start > size:
                         start = machine.next_resident(pagemap, start, end)
