@@ -1216,7 +1216,7 @@ def refusal(machine: Machine, refused: OSError, nodes: list[Node], argv: list[st
     """What to run where a file about page frames cannot be read."""
     import shlex  # not above: few need it
 
-    program, path = sys.argv[0], refused.filename
+    program, path = sys.argv[0], refused.filename or f"{machine.proc}/self/pagemap"
     if isinstance(refused, FileNotFoundError):
         return Error(f"no {path}: a kernel without CONFIG_PROC_PAGE_MONITOR")
     needs = f"{path} shows no page frames without CAP_SYS_ADMIN"

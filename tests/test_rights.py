@@ -69,6 +69,10 @@ def test_without_cap_sys_admin_there_are_no_page_frames(
     assert "-o pid,rss" not in line  # it is root's process: that would not work, or take no less
 
 
+def test_pagemap_that_is_opened_but_not_read_is_told_as_a_missing_right(forked: int) -> None:
+    fails(inside("Denied 1 words:/proc/[0-9]+/pagemap", forked), "self/pagemap", "CAP_SYS_ADMIN")
+
+
 @pytest.mark.parametrize("mine", [True, False])
 def test_files_that_are_roots_are_named_with_the_right_that_they_take(
     mine: bool, of_nobody: int, forked: int
