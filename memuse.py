@@ -994,14 +994,15 @@ def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) 
     with_figures = not columns.isdisjoint(ROLLUP)
 
     def read_figures() -> None:
-        for row, node in enumerate(nodes if with_figures else (), 1):
+        for row, node in enumerate(nodes, 1):
             with contextlib.suppress(OSError, MemoryError):  # the main thread asks again
                 figures[row] = kernel_figures(machine, node.pid, node.stat)
 
     # Half of the kernel's work, done while we count: its calls hold no interpreter lock.
     thread = threading.Thread(target=read_figures, daemon=True)
     with contextlib.suppress(RuntimeError):  # no thread is to be had: all is read below
-        thread.start()
+        if with_figures:
+            thread.start()
     reader = Reader(machine, kernel, columns, len(nodes))
     census = Census(kernel, machine.page_size, nodes)
     processes: list[Process] = []
