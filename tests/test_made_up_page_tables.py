@@ -163,14 +163,14 @@ def test_what_memuse_itself_comes_to_map_meanwhile_is_no_outsiders(tmp_path: Pat
 class Late(MadeUp):
     """One in which processes call exec, or exit, once all of them is read."""
 
-    execs: tuple[int, ...] = ()
+    execs: frozenset[int] = frozenset()
 
     def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
         pid = int(os.path.basename(path_of(directory))) if directory is not None else 0
-        if path == "stat" and pid in {*self.execs, *self.vanishing.values()}:
+        if path == "stat" and pid in self.execs.union(self.vanishing.values()):
             if pid in self.vanishing.values():
                 shutil.rmtree(self.root / str(pid))
-            self.execs = tuple({*self.execs} - {pid})
+            self.execs -= {pid}
             raise ProcessLookupError
         return super().read(path, directory, at_most)
 
@@ -178,7 +178,7 @@ class Late(MadeUp):
 def test_a_process_that_is_read_again_is_not_its_own_sibling(tmp_path: Path) -> None:
     machine = Late(tmp_path)
     machine.add(OTHER_PAGES[0])
-    machine.execs = (machine.add(OTHER_PAGES[1], FIRST_PID),)
+    machine.execs = frozenset({machine.add(OTHER_PAGES[1], FIRST_PID)})
     check(machine, about="mappings left out, as if they were another's, too?")
     assert not machine.execs
 
