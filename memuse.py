@@ -8,10 +8,14 @@
     11948  52607    1574 210428 210428   6296  75125    0  └─ python3 server.py
     TOTAL  56415   56415 225660 225660 223508 223695    0 KiB, 3 processes
 
-find_processes() turns PIDs and control groups into Nodes, one for each row.  For each, survey() has
-a Reader read the whole process, then a Census count it, in one Ledger for anonymous memory, one for
-files and one for each swap area; a second thread reads kernel_figures() meanwhile.  Then
-Census.add_up() makes TREE and FREED of the counts, and table() or as_json() makes the output.
+The file has this order: constants, the table of columns first; parsing, which reads nothing; the
+Machine, which is read; the Kernel, which knows frames; which processes; reading a process;
+counting; the report; the command line.
+
+find_processes() turns PIDs and control groups into Nodes, one for each row.  survey() reads each
+into a Process, and a Census counts it, in one Ledger for anonymous memory, one for files and one
+for each swap area; meanwhile a second thread reads the kernel's own figures.  Then the Census adds
+up TREE and FREED, survey() makes a Result of each row, and table() or as_json() makes the output.
 
 The kernel's interface is described in its Documentation/admin-guide/mm/pagemap.rst and
 Documentation/filesystems/proc.rst, "pagemap.rst" and "proc.rst" below.  PFN: page frame number.
@@ -37,11 +41,11 @@ import threading
 import time
 from bisect import bisect
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, compress, count, groupby, takewhile
 from operator import itemgetter, le
-from typing import Any, NamedTuple, NoReturn, Optional, TextIO
+from typing import Any, NamedTuple, NoReturn, Optional, TextIO, Union
 
 try:
     import fcntl
@@ -58,7 +62,7 @@ __version__ = "2.0.0"
 
 Pair = tuple[int, int]
 Place = tuple[Optional[bytes], int]  # a file, or None for the address space; a group of pages
-Row = dict[str, Any]  # its cells, by column; what was not read has no key
+Cells = dict[str, Union[int, str]]  # by column; what was not read has no key
 
 VANISHED = (FileNotFoundError, ProcessLookupError, psutil.Error)  # it ended, or called exec
 
@@ -67,7 +71,54 @@ class Error(Exception):
     """What can be expected to go wrong, told in the one line that the user sees."""
 
 
-# ---- The kernel's interface ---------------------------------------------------------------------
+# ---- Constants ----------------------------------------------------------------------------------
+
+# What a column is read from: a file of /proc/PID; or OWNER, by psutil.
+STAT, CMDLINE, STATUS, ROLLUP, PAGEMAP = "stat", "cmdline", "status", "smaps_rollup", "pagemap"
+OWNER = "owner"
+
+
+class Column(NamedTuple):
+    """All that is known of a column.
+
+    s: it is a size, in bytes.  +: TOTAL is the sum; from PAGEMAP, it is a count of its own.
+    t, j: a table, or JSON, has it by default.
+    """
+
+    header: str  # "": only JSON can have it
+    source: str
+    field: bytes  # of that file; what begins so is added up
+    ways: str
+    about: str
+
+
+COLUMNS = {
+    "pid": Column("PID", STAT, b"", "tj", "process"),
+    "ppid": Column("PPID", STAT, b"", "j", "its parent"),
+    "depth": Column("", STAT, b"", "j", "how far it is below its topmost row"),
+    "user": Column("USER", OWNER, b"", "", "its owner"),
+    "frames": Column("FRAMES", PAGEMAP, b"", "tj", "distinct page frames that hold its memory"),
+    "unique": Column("+UNIQUE", PAGEMAP, b"", "tj", "frames not already counted in a row above"),
+    "size": Column("SIZE", PAGEMAP, b"", "stj", "FRAMES as memory"),
+    "tree": Column("TREE", PAGEMAP, b"", "stj", "memory that it and all below it occupy together"),
+    "freed": Column(
+        "FREED", PAGEMAP, b"", "stj", "the part of TREE that is freed when these all exit"
+    ),
+    "anon": Column("ANON", PAGEMAP, b"", "sj", "the part of SIZE that is anonymous memory"),
+    "file": Column("FILE", PAGEMAP, b"", "sj", "the part of SIZE that is files and shared memory"),
+    "rss": Column("RSS", ROLLUP, b"Rss:", "s+j", "resident memory"),
+    "pss": Column("PSS", ROLLUP, b"Pss:", "s+tj", "RSS with each page divided by its mappings"),
+    "uss": Column("USS", ROLLUP, b"Private_", "sj", "the part of RSS that it alone maps"),
+    "pte": Column("PTE", STATUS, b"VmPTE:", "s+", "its page tables, which no other column has"),
+    "swap": Column("SWAP", PAGEMAP, b"", "stj", "distinct swap slots as memory"),
+    "command": Column("COMMAND", CMDLINE, b"", "tj", "command line, drawn as a tree"),
+}
+IN_TABLE, IN_JSON = ([name for name in COLUMNS if way in COLUMNS[name].ways] for way in "tj")
+
+
+def columns_from(source: str) -> set[str]:
+    return {name for name, column in COLUMNS.items() if column.source == source}
+
 
 WORD = 8  # bytes: an entry of pagemap, kpageflags or kpagecount is a u64 in native order
 
@@ -77,7 +128,10 @@ PFN_MASK = (1 << 8 * PFN_BYTES) - 1
 SWAP_TYPE_BITS = 5
 SWAP_TYPES = 23  # from here up: migration, poison, device, markers (MAX_SWAPFILES, linux/swap.h)
 FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes first
-EXCLUSIVE, GUARD, FILE_OR_SHARED, SWAPPED, PRESENT = 1 << 0, 1 << 2, 1 << 5, 1 << 6, 1 << 7
+# Names as in the kernel's fs/proc/task_mmu.c; here they are bits of that byte.
+PM_MMAP_EXCLUSIVE, PM_GUARD_REGION, PM_FILE, PM_SWAP, PM_PRESENT = (
+    1 << bit - 56 for bit in (56, 58, 61, 62, 63)
+)
 KPF_ANON, KPF_THP, KPF_ZERO_PAGE = 1 << 12, 1 << 22, 1 << 24  # /proc/kpageflags (pagemap.rst)
 PAGEMAP_SCAN = 0xC0606610  # ioctl (pagemap.rst, since Linux 6.7)
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
@@ -93,162 +147,28 @@ NOTHING, ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE, IN_SWAP = range(5)
 
 def kind_of(flags: int) -> int:
     """What an entry with these flags (its bits 56-63) stands for."""
-    if flags & PRESENT:
-        if flags & FILE_OR_SHARED:
+    if flags & PM_PRESENT:
+        if flags & PM_FILE:
             return FILE_PAGE
-        return ANON_EXCLUSIVE if flags & EXCLUSIVE else ANON_OR_DEVICE
-    return IN_SWAP if flags & SWAPPED and not flags & GUARD else NOTHING
+        return ANON_EXCLUSIVE if flags & PM_MMAP_EXCLUSIVE else ANON_OR_DEVICE
+    return IN_SWAP if flags & PM_SWAP and not flags & PM_GUARD_REGION else NOTHING
 
+
+YES = 0x80  # a byte that says yes, where 0 says no: the lanes of a Block need its top bit
 
 # Tables for bytes.translate.
 KINDS = bytes(map(kind_of, range(256)))  # of flags
-EQUALS = [bytes(byte) + b"\x80" + bytes(255 - byte) for byte in range(256)]  # 0x80 for one byte
-SHAREABLE = bytes([0, 0]) + b"\x80" * 254  # 0x80 for the kinds of what others may have, too
+EQUALS = [bytes(byte) + bytes([YES]) + bytes(255 - byte) for byte in range(256)]  # for one byte
+SHAREABLE = bytes([0, 0]) + bytes([YES]) * 254  # for the kinds of what others may have, too
 SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))  # of the lowest byte
-
-
-class Descriptor(int):
-    """A file descriptor; `with` closes it at its end."""
-
-    def __enter__(self) -> Descriptor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self)
-
-
-class Machine:
-    """What memuse reads of /proc and /sys; tests put made-up machines in its place."""
-
-    proc, sysfs = "/proc", "/sys"
-    page_size = os.sysconf("SC_PAGE_SIZE")
-    byteorder = sys.byteorder
-
-    def pids(self) -> list[int]:
-        return psutil.pids()
-
-    def opened(self, path: str, directory: int | None = None) -> Descriptor:
-        """A file, or a directory; the path may be relative to one that is open."""
-        return Descriptor(os.open(path, os.O_RDONLY, dir_fd=directory))
-
-    def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
-        """A file's bytes; with `at_most`, what a single read of so many gives."""
-        with self.opened(path, directory) as fd:
-            if at_most > 0:
-                return os.read(fd, at_most)
-            return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
-
-    def pread(self, fd: int, size: int, offset: int) -> bytes:
-        return os.pread(fd, size, offset)
-
-    def words(self, fd: int, first: int, number: int) -> bytes:
-        """Words of pagemap or /proc/kpage*, as little-endian; fewer where the file ends."""
-        words = array.array("Q", self.pread(fd, number * WORD, first * WORD))
-        if self.byteorder == "big":
-            words.byteswap()
-        return words.tobytes()
-
-    def next_resident(self, pagemap: int, start: int, end: int) -> int:
-        """The first page from `start` on that may be present or swapped, or else `end`."""
-        size, which = self.page_size, PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-        region = array.array("Q", [0, 0, 0])  # the kernel's answer: start, end, categories
-        vector, _ = region.buffer_info()
-        # struct pm_scan_arg: its size, flags, start, end, walk_end, vec, vec_len, max_pages, masks.
-        scan = (12 * WORD, 0, start * size, end * size, 0, vector, 1, 1, 0, 0, which, which)
-        try:
-            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *scan))
-        except OSError:  # the kernel cannot tell
-            return start
-        return region[0] // size if region[1] else end
-
-    def own_pid(self) -> int:
-        """Our PID as this /proc shows it, whose PID namespace need not be ours."""
-        try:
-            return int(os.readlink(f"{self.proc}/self"))
-        except OSError:
-            raise Error(f"no {self.proc}/self: mount the /proc of this PID namespace") from None
-
-    def stat(self, pid: int, thread: str = "") -> Stat | None:
-        with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
-            return parse_stat(self.read(f"{self.proc}/{pid}/{thread}stat"))
-        return None
-
-
-class Kernel:
-    """What the kernel tells of frames: /proc/kpageflags and /proc/kpagecount, held open."""
-
-    def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
-        """PermissionError, or FileNotFoundError, naming a file of frames that cannot be opened."""
-        self.machine = machine
-        # Memory that is only read maps a zero page; s390 has up to 128 (arch/s390/mm/init.c).
-        with lazy_bytes(128 * mmap.PAGESIZE) as memory:
-            memory[:: mmap.PAGESIZE]
-            own = {*self.own_pfns(ANON_OR_DEVICE)}
-        if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
-            raise PermissionError(errno.EPERM, "no PFNs", f"{machine.proc}/self/pagemap")
-        self.kpageflags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
-        self.kpagecount = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
-        self.zero_pages = [pfn for pfn in own if self.flags_of(pfn) & KPF_ZERO_PAGE]
-        self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
-        with contextlib.suppress(FileNotFoundError):
-            size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
-            self.pmd_pages = int(size) // machine.page_size
-        ramp = struct.pack(f"<{self.pmd_pages}Q", *range(self.pmd_pages))
-        self.ramp = int.from_bytes(ramp, "little")
-
-    def own_pfns(self, kind: int) -> list[int]:
-        """The PFNs of memuse's own pages of this kind."""
-        machine, pfns = self.machine, list[int]()
-        vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
-        with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
-            for start, end in areas_of([vma for vma in vmas if vma.file or kind != FILE_PAGE]):
-                entries = machine.words(pagemap, start, end - start)
-                chosen = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[kind])
-                pfns += compress(pfns_of(entries), chosen)
-        return pfns
-
-    def corrected(self, start: int, entries: bytes) -> bytes:
-        """The entries from page `start` on, without huge zero pages and with their true bits.
-
-        All entries of a PMD-mapped huge page have its first page's EXCLUSIVE (before Linux 6.11,
-        and seen again in 6.18), while others may have its other pages: their mapcounts tell.
-        A file's can lack FILE_OR_SHARED (seen in 5.10): kpageflags tells.
-        """
-        pages, words, counts = self.pmd_pages, self.machine.words, self.kpagecount
-        size = pages * WORD
-        for at in range(-start % pages * WORD, len(entries) - size + 1, size) if pages else ():
-            entry = int.from_bytes(entries[at : at + WORD], "little")
-            pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
-            if kind == NOTHING or pfn % pages or entries[at : at + size] != self.huge_page(entry):
-                continue
-            flags = self.flags_of(pfn)
-            if flags & KPF_ZERO_PAGE:
-                right = bytes(size)
-            elif kind != FILE_PAGE and flags & (KPF_THP | KPF_ANON) == KPF_THP:
-                right = self.huge_page(entry | FILE_OR_SHARED << 56)
-            elif kind == ANON_EXCLUSIVE and {*low_halves(words(counts, pfn, pages))} != {1}:
-                right = self.huge_page(entry & ~(EXCLUSIVE << 56))
-            else:
-                continue
-            entries = entries[:at] + right + entries[at + size :]
-        return entries
-
-    def huge_page(self, first: int) -> bytes:
-        """The entries of a PMD-mapped huge page: the first's flags, and PFNs that go up by one."""
-        alike = int.from_bytes(first.to_bytes(WORD, "little") * self.pmd_pages, "little")
-        return (alike | self.ramp).to_bytes(self.pmd_pages * WORD, "little")  # the PFN is aligned
-
-    def flags_of(self, pfn: int) -> int:
-        """A frame's flags in /proc/kpageflags; 0 past its end, where a device's may be."""
-        return int.from_bytes(self.machine.words(self.kpageflags, pfn, 1), "little")
 
 
 # ---- Parsing ------------------------------------------------------------------------------------
 
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
-AREAS_APART = 256  # pages; fewer cost less to read over than another call
-SIZE = re.compile(rb"^(Rss|Pss|Private_(?:Clean|Dirty|Hugetlb)|VmPTE):\s+(\d{1,15}) kB$", re.M)
+AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read
+KIB_FIELD = re.compile(rb"^(\w+:)\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
 
@@ -266,6 +186,19 @@ def pfns_of(entries: bytes) -> list[int]:
     if entries[4::WORD].count(0) == number:  # no PFN has more than 32 bits
         return low_halves(entries).tolist()  # in a quarter of the time
     return [entry & PFN_MASK for entry in struct.unpack(f"<{number}Q", entries)]
+
+
+class Part(NamedTuple):
+    """Entries of neighbouring pages, and which of them are meant."""
+
+    file: bytes | None  # whose pages they are: see Vma
+    page: int  # the first one's: of the file, or of the address space
+    entries: bytes  # little-endian
+    chosen: bytes  # YES for each that is meant, at least one
+
+    def pfns(self) -> list[int]:
+        """The PFNs of the chosen entries."""
+        return list(compress(pfns_of(self.entries[: len(self.chosen) * WORD]), self.chosen))
 
 
 class Vma(NamedTuple):
@@ -298,8 +231,10 @@ def areas_of(vmas: list[Vma]) -> list[Pair]:
     """Where anything is mapped; areas that are not far apart are one."""
     areas: list[Pair] = []
     for vma in vmas:
-        near = areas and vma.start - areas[-1][1] < AREAS_APART
-        areas.append((areas.pop()[0] if near else vma.start, vma.end))
+        if areas and vma.start - areas[-1][1] < AREAS_APART:
+            areas[-1] = areas[-1][0], vma.end
+        else:
+            areas.append((vma.start, vma.end))
     return areas
 
 
@@ -316,9 +251,13 @@ def layout_of(maps: bytes, page_size: int) -> tuple[list[Pair], list[Vma]]:
     return areas_of(vmas), joined(vmas)
 
 
-def size_of(name: bytes, text: bytes) -> int:
-    """Fields with this name, or that begin so, in smaps_rollup or status (proc.rst), in bytes."""
-    return sum(int(kib) * 1024 for field, kib in SIZE.findall(text) if field.startswith(name))
+def sizes_of(source: str, text: bytes) -> Cells:
+    """The columns that are read from this file, smaps_rollup or status (proc.rst), in bytes."""
+    fields = KIB_FIELD.findall(text)
+    return {
+        name: sum(int(kib) * 1024 for field, kib in fields if field.startswith(COLUMNS[name].field))
+        for name in columns_from(source)
+    }
 
 
 class Stat(NamedTuple):
@@ -329,14 +268,20 @@ class Stat(NamedTuple):
     ppid: int
     flags: int
     threads: int
-    image: list[bytes]  # when it started, and where exec put code, stack, data and arguments
+    started: bytes  # when, in ticks since boot: tells processes apart that had the same PID
+    layout: list[bytes]  # where exec put code, stack, data and arguments
+
+    def same_image(self, other: Stat) -> bool:
+        """Whether this is still the same process, and has not called exec."""
+        return (self.started, self.layout) == (other.started, other.layout)
 
 
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
-    image = [fields[19], *fields[23:26], *fields[42:49]]
-    return Stat(name, fields[0], int(fields[1]), int(fields[6]), int(fields[17]), image)
+    layout = [*fields[23:26], *fields[42:49]]
+    numbers = int(fields[1]), int(fields[6]), int(fields[17])
+    return Stat(name, fields[0], *numbers, fields[19], layout)
 
 
 def command_line(cmdline: bytes, name: bytes) -> str:
@@ -351,6 +296,171 @@ def escaped(text: str) -> str:
     """The text with what a terminal might obey, or not show, written as escapes."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # PEP 383
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- The machine --------------------------------------------------------------------------------
+
+
+class Descriptor(int):
+    """A file descriptor, and the path that was opened; `with` closes it at its end."""
+
+    path: str
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self)
+
+
+class Machine:
+    """What memuse reads of /proc and /sys; tests put made-up machines in its place.
+
+    Only a directory's names, symbolic links and a file's owner are asked of os and psutil.
+    """
+
+    proc, sysfs = "/proc", "/sys"
+    page_size = os.sysconf("SC_PAGE_SIZE")
+    byteorder = sys.byteorder
+
+    def pids(self) -> list[int]:
+        return psutil.pids()
+
+    def opened(self, path: str, directory: Descriptor | None = None) -> Descriptor:
+        """A file, or a directory; the path may be relative to one that is open."""
+        fd = Descriptor(os.open(path, os.O_RDONLY, dir_fd=directory))
+        fd.path = path if directory is None else f"{directory.path}/{path}"
+        return fd
+
+    def read(self, path: str, directory: Descriptor | None = None, at_most: int = -1) -> bytes:
+        """A file's bytes; with `at_most`, what a single read of so many gives."""
+        with self.opened(path, directory) as fd:
+            if at_most > 0:
+                return os.read(fd, at_most)
+            return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+
+    def pread(self, fd: Descriptor, size: int, offset: int) -> bytes:
+        return os.pread(fd, size, offset)
+
+    def words(self, fd: Descriptor, first: int, number: int) -> bytes:
+        """Words of pagemap or /proc/kpage*, as little-endian; fewer where the file ends."""
+        words = array.array("Q", self.pread(fd, number * WORD, first * WORD))
+        if self.byteorder == "big":
+            words.byteswap()
+        return words.tobytes()
+
+    def next_resident(self, pagemap: Descriptor, start: int, end: int) -> int:
+        """The first page from `start` on that may be present or swapped, or else `end`."""
+        size, which = self.page_size, PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+        region = array.array("Q", [0, 0, 0])  # the kernel's answer: start, end, categories
+        vector, _ = region.buffer_info()
+        # struct pm_scan_arg: its size, flags, start, end, walk_end, vec, vec_len, max_pages, masks.
+        scan = (12 * WORD, 0, start * size, end * size, 0, vector, 1, 1, 0, 0, which, which)
+        try:
+            fcntl.ioctl(pagemap, PAGEMAP_SCAN, struct.pack("=12Q", *scan))
+        except OSError:  # the kernel cannot tell
+            return start
+        return region[0] // size if region[1] else end
+
+    def own_pid(self) -> int:
+        """Our PID as this /proc shows it, whose PID namespace need not be ours."""
+        try:
+            return int(os.readlink(f"{self.proc}/self"))
+        except OSError:
+            raise Error(f"no {self.proc}/self: mount the /proc of this PID namespace") from None
+
+    def stat(self, pid: int, mm_files: str = "") -> Stat | None:
+        """Of a process, or of a thread of it: see mm_files_of()."""
+        with contextlib.suppress(*VANISHED, PermissionError):  # hidepid=1 lists what it hides
+            return parse_stat(self.read(f"{self.proc}/{pid}/{mm_files}stat"))
+        return None
+
+
+def lazy_bytes(size: int) -> mmap.mmap:
+    """Zeros that take memory only once they are written to."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+# ---- The kernel ---------------------------------------------------------------------------------
+
+
+class Kernel:
+    """What the kernel tells of frames: /proc/kpageflags and /proc/kpagecount, held open."""
+
+    def __init__(self, machine: Machine, files: contextlib.ExitStack) -> None:
+        """PermissionError, or FileNotFoundError, naming a file of frames that cannot be opened."""
+        self.machine = machine
+        # Memory that is only read maps a zero page; s390 has up to 128 (arch/s390/mm/init.c).
+        with lazy_bytes(128 * mmap.PAGESIZE) as memory:
+            memory[:: mmap.PAGESIZE]
+            own = {*self.own_pfns(ANON_OR_DEVICE)}
+        if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
+            raise PermissionError(errno.EPERM, "no PFNs", f"{machine.proc}/self/pagemap")
+        self.kpageflags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
+        self.kpagecount = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
+        self.zero_pages = [pfn for pfn in own if self.flags_of(pfn) & KPF_ZERO_PAGE]
+        self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
+        with contextlib.suppress(FileNotFoundError):
+            size = machine.read(f"{machine.sysfs}/kernel/mm/transparent_hugepage/hpage_pmd_size")
+            self.pmd_pages = int(size) // machine.page_size
+        ramp = struct.pack(f"<{self.pmd_pages}Q", *range(self.pmd_pages))
+        self.ramp = int.from_bytes(ramp, "little")
+
+    def own_pfns(self, kind: int) -> list[int]:
+        """The PFNs of memuse's own pages of this kind."""
+        machine, pfns = self.machine, list[int]()
+        vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
+        if kind == FILE_PAGE:
+            vmas = [vma for vma in vmas if vma.file]
+        with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
+            for start, end in areas_of(vmas):
+                entries = machine.words(pagemap, start, end - start)
+                chosen = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[kind])
+                pfns += compress(pfns_of(entries), chosen)
+        return pfns
+
+    def corrected(self, start: int, entries: bytes) -> bytes:
+        """The entries from page `start` on, without huge zero pages and with their true bits.
+
+        All entries of a PMD-mapped huge page have its first page's PM_MMAP_EXCLUSIVE (before Linux
+        6.11, and seen again in 6.18), while others may have its other pages: their mapcounts tell.
+        A file's can lack PM_FILE (seen in 5.10): kpageflags tells.
+        """
+        pages, size = self.pmd_pages, self.pmd_pages * WORD
+        if not pages:
+            return entries
+        for at in range(-start % pages * WORD, len(entries) - size + 1, size):
+            entry = int.from_bytes(entries[at : at + WORD], "little")
+            pfn, kind = entry & PFN_MASK, KINDS[entry >> 56]
+            if kind == NOTHING or pfn % pages or entries[at : at + size] != self.huge_page(entry):
+                continue
+            flags = self.flags_of(pfn)
+            if flags & KPF_ZERO_PAGE:
+                right = bytes(size)
+            elif kind != FILE_PAGE and flags & (KPF_THP | KPF_ANON) == KPF_THP:
+                right = self.huge_page(entry | PM_FILE << 56)
+            elif kind == ANON_EXCLUSIVE and {*self.mapcounts(pfn, pages)} != {1}:
+                right = self.huge_page(entry & ~(PM_MMAP_EXCLUSIVE << 56))
+            else:
+                continue
+            entries = entries[:at] + right + entries[at + size :]
+        return entries
+
+    def huge_page(self, first: int) -> bytes:
+        """The entries of a PMD-mapped huge page: the first's flags, and PFNs that go up by one."""
+        alike = int.from_bytes(first.to_bytes(WORD, "little") * self.pmd_pages, "little")
+        return (alike | self.ramp).to_bytes(self.pmd_pages * WORD, "little")  # the PFN is aligned
+
+    def flags_of(self, pfn: int) -> int:
+        """A frame's flags in /proc/kpageflags; 0 past its end, where a device's may be."""
+        return int.from_bytes(self.machine.words(self.kpageflags, pfn, 1), "little")
+
+    def mapcounts(self, first: int, number: int) -> memoryview:
+        """How often the machine maps each of these frames (/proc/kpagecount, pagemap.rst)."""
+        return low_halves(self.machine.words(self.kpagecount, first, number))
 
 
 # ---- Which processes ----------------------------------------------------------------------------
@@ -450,16 +560,21 @@ NOBODY = 0  # instead of a row: TOTAL's, which has nothing of its own
 
 
 class Process:
-    """One process; it is counted only once all of it is read."""
+    """What was read of one process; it is counted only once all of it is read."""
 
-    def __init__(self, row: int, node: Node) -> None:
-        self.row, self.pid, self.stat = row, node.pid, node.stat
-        self.cells: Row = {"pid": node.pid, "ppid": node.stat.ppid}
+    def __init__(self, row: int, node: Node, read_again: bool) -> None:
+        self.row, self.pid, self.stat, self.read_again = row, node.pid, node.stat, read_again
+        self.cells: Cells = {"pid": node.pid, "ppid": node.stat.ppid}
+        self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
-        # What others may have: a VMA, a page in it, and the entries from there on.
-        self.pieces: list[tuple[Vma, int, bytes]] = []
+        # What others may have: pages of files, swapped pages, and anonymous memory (or a device's),
+        # in VMAs of files as copies apart from the rest.
+        self.file: list[Part] = []
+        self.swapped: list[Part] = []
+        self.anon: list[Part] = []
+        self.copies: list[Part] = []
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
-        self.sibling = NOBODY  # the last row before that shares the address space
+        self.shares_mm_with = NOBODY  # the last row before that shares the address space
 
     def add(self, vmas: list[Vma], start: int, entries: bytes) -> None:
         """Take in the corrected entries from page `start` on."""
@@ -471,44 +586,53 @@ class Process:
         shareable = kinds.translate(SHAREABLE)
         low, high = bisect(vmas, (start + 1,)), bisect(vmas, (start + len(kinds),))
         for vma in vmas[max(0, low - 1) : high]:
-            first, end = max(0, vma.start - start), max(0, vma.end - start)
-            first, end = shareable.find(0x80, first, end), shareable.rfind(0x80, first, end) + 1
-            if end:
-                self.pieces.append((vma, start + first, entries[first * WORD : end * WORD]))
+            bounds = max(0, vma.start - start), max(0, vma.end - start)
+            first, last = shareable.find(YES, *bounds), shareable.rfind(YES, *bounds)
+            if first >= 0:
+                part = entries[first * WORD : (last + 1) * WORD]
+                self._add_part(vma, start + first, part, kinds[first : last + 1])
+
+    def _add_part(self, vma: Vma, page: int, entries: bytes, kinds: bytes) -> None:
+        """Take in entries of one VMA from a page on; what each stands for is in `kinds`."""
+        if FILE_PAGE in kinds:
+            chosen = kinds.translate(EQUALS[FILE_PAGE])
+            self.file.append(Part(vma.file, page + vma.shift, entries, chosen))
+        if ANON_OR_DEVICE in kinds:
+            chosen = kinds.translate(EQUALS[ANON_OR_DEVICE])
+            where = self.copies if vma.file else self.anon
+            where.append(Part(None, page, entries, chosen))
+        if IN_SWAP in kinds:
+            self.swapped.append(Part(None, page, entries, kinds.translate(EQUALS[IN_SWAP])))
 
 
 class Reader:
-    def __init__(self, machine: Machine, kernel: Any, columns: set[str], processes: int) -> None:
-        self.machine, self.kernel, self.columns = machine, kernel, columns
-        self.witnesses: dict[Pair, tuple[int, str]] = {}  # last row that has it, its pagemap's path
-        self.processes, self.pages, self.eraser = processes, 0, ""
-        self.next_line = time.monotonic() + 1
+    """Reads processes one by one, in the order of their rows."""
 
-    def _tell_progress(self, done: int, pages: int) -> None:
-        """A line on stderr if that is a terminal and it takes long; `eraser` takes it away."""
-        self.pages += pages
-        if time.monotonic() > self.next_line and sys.stderr and sys.stderr.isatty():
-            write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
-            self.eraser, self.next_line = "\r\033[K", time.monotonic() + 0.1
+    def __init__(
+        self, machine: Machine, kernel: Kernel | None, columns: set[str], progress: Progress
+    ) -> None:
+        self.machine, self.kernel, self.progress = machine, kernel, progress
+        self.columns = columns
+        self.witnesses: dict[Pair, tuple[int, str]] = {}  # last row that has it, its pagemap's path
 
     def read(self, row: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
-        for _ in range(3):
-            process = Process(row, node)
+        for tries in range(3):
+            process = Process(row, node, read_again=tries > 0)
             try:
                 self._read(process)
                 return process
             except PermissionError as error:
-                process.cells["unread"] = reason(error)
+                process.unread = reason(error)
                 return process
             except VANISHED:
                 stat = self.machine.stat(node.pid)
-            if not stat or stat.image[0] != node.stat.image[0]:  # it started at another time
+            if not stat or stat.started != node.stat.started:
                 return None
             if stat.flags & PF_EXITING and stat.threads == 1 and stat.state not in ENDED:
                 return None  # it tears down its mm, which can take long; no zombie yet
             node = node._replace(stat=stat)
-        process.cells["unread"] = "it changed whenever it was read"
+        process.unread = "it changed whenever it was read"
         return process
 
     def _read(self, process: Process) -> None:
@@ -519,26 +643,29 @@ class Reader:
         """
         machine, columns, pid, stat = self.machine, self.columns, process.pid, process.stat
         with machine.opened(f"{machine.proc}/{pid}") as directory:
-            thread = living_thread(machine, pid, stat)
+            mm_files = mm_files_of(machine, pid, stat)
             if "command" in columns:
-                cmdline = machine.read(f"{thread or ''}cmdline", directory, COMMAND_LIMIT + 1)
+                cmdline = machine.read(f"{mm_files or ''}cmdline", directory, COMMAND_LIMIT + 1)
                 process.cells["command"] = command_line(cmdline, stat.name)
             if "user" in columns:
                 process.cells["user"] = psutil.Process(pid).username()
-            if "pte" in columns:
-                status = machine.read(f"{thread or ''}status", directory)
-                process.cells["pte"] = size_of(b"VmPTE", status)
-            if self.kernel and thread is not None:
-                self._read_pages(process, thread, directory)
-            if parse_stat(machine.read("stat", directory)).image != stat.image:
+            if columns_from(STATUS) & columns:
+                status = machine.read(f"{mm_files or ''}status", directory)
+                process.cells.update(sizes_of(STATUS, status))
+            if self.kernel and mm_files is not None:
+                self._read_pages(self.kernel, process, mm_files, directory)
+            if not parse_stat(machine.read("stat", directory)).same_image(stat):
                 raise ProcessLookupError
-        if process.witness:  # not earlier: read again, it would be its own sibling
-            self.witnesses[process.witness] = process.row, f"{machine.proc}/{pid}/{thread}pagemap"
+        if process.witness:  # not earlier: read again, it would share its mm with itself
+            path = f"{machine.proc}/{pid}/{mm_files}pagemap"
+            self.witnesses[process.witness] = process.row, path
 
-    def _read_pages(self, process: Process, thread: str, directory: int) -> None:
-        machine, size = self.machine, max(SPAN, self.kernel.pmd_pages)
-        with machine.opened(f"{thread}pagemap", directory) as pagemap:
-            areas, files = layout_of(machine.read(f"{thread}maps", directory), machine.page_size)
+    def _read_pages(
+        self, kernel: Kernel, process: Process, mm_files: str, directory: Descriptor
+    ) -> None:
+        machine, size = self.machine, max(SPAN, kernel.pmd_pages)
+        with machine.opened(f"{mm_files}pagemap", directory) as pagemap:
+            areas, vmas = layout_of(machine.read(f"{mm_files}maps", directory), machine.page_size)
             for start, end in areas:
                 while start < end:
                     if end - start > size:
@@ -547,16 +674,16 @@ class Reader:
                     entries = machine.words(pagemap, start, stop - start)
                     if len(entries) != (stop - start) * WORD:
                         raise ProcessLookupError
-                    process.add(files, start, self.kernel.corrected(start, entries))
-                    self._tell_progress(process.row - 1, stop - start)
+                    process.add(vmas, start, kernel.corrected(start, entries))
+                    self.progress.tell(process.row - 1, stop - start)
                     start = stop
             if process.witness:
-                process.sibling = self._find_vm_sibling(process.witness, pagemap)
+                process.shares_mm_with = self._find_mm_sharer(process.witness, pagemap)
 
-    def _find_vm_sibling(self, witness: Pair, pagemap: int) -> int:
+    def _find_mm_sharer(self, witness: Pair, pagemap: Descriptor) -> int:
         """The last row that has the same ANON_EXCLUSIVE frame there at the time (CLONE_VM)."""
         row, path = self.witnesses.get(witness, (NOBODY, ""))
-        if row:
+        if row != NOBODY:
             with contextlib.suppress(OSError), self.machine.opened(path) as other:
                 there = self.machine.words(other, witness[0], 1)
                 if there and there == self.machine.words(pagemap, witness[0], 1):
@@ -569,40 +696,111 @@ def reason(error: OSError) -> str:
     return f"{name}{error.strerror} (another user's process takes CAP_SYS_PTRACE)"
 
 
-def living_thread(machine: Machine, pid: int, stat: Stat) -> str | None:
-    """Path from /proc/PID to a live thread's files; "" if the first lives, None without an mm."""
+def mm_files_of(machine: Machine, pid: int, stat: Stat) -> str | None:
+    """Path from /proc/PID to files that tell of its mm: "", or of a thread; None without an mm.
+
+    Those of a process whose first thread has ended are empty; a thread that lives has them.
+    """
     if stat.flags & PF_KTHREAD:
         return None
     if stat.state not in ENDED:
         return ""
-    for tid in os.listdir(f"{machine.proc}/{pid}/task") if stat.threads > 1 else ():
-        thread = machine.stat(pid, f"task/{tid}/")
-        if thread and thread.state not in ENDED:
-            return f"task/{tid}/"
+    if stat.threads > 1:
+        for tid in os.listdir(f"{machine.proc}/{pid}/task"):
+            thread = machine.stat(pid, f"task/{tid}/")
+            if thread and thread.state not in ENDED:
+                return f"task/{tid}/"
     return None
 
 
-def kernel_figures(machine: Machine, pid: int, stat: Stat) -> Row:
-    """RSS, PSS and USS from smaps_rollup; one of VANISHED if it exited or called exec."""
-    thread = living_thread(machine, pid, stat)
-    text = b"" if thread is None else machine.read(f"{machine.proc}/{pid}/{thread}smaps_rollup")
-    now = machine.stat(pid)
-    if not now or now.image != stat.image or (thread is not None and not text):
-        raise ProcessLookupError
-    return {name: size_of(field, text) for name, field in ROLLUP.items()}
+class KernelFigures:
+    """RSS and such of all processes, read by a thread while others are counted.
+
+    That is half of the kernel's work, and its calls hold no interpreter lock.
+    """
+
+    def __init__(self, machine: Machine, nodes: list[Node]) -> None:
+        self.machine, self.nodes = machine, nodes
+        self.early: dict[int, Cells] = {}  # by row
+        self.thread = threading.Thread(target=self._read_all, daemon=True)
+
+    def start(self) -> None:
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: get() reads them
+            self.thread.start()
+
+    def _read_all(self) -> None:
+        for row, node in enumerate(self.nodes, 1):
+            with contextlib.suppress(OSError, MemoryError):  # get() asks again
+                self.early[row] = self._read(node.pid, node.stat)
+
+    def get(self, process: Process) -> Cells:
+        """Those of a process as it was counted; one of VANISHED if it exited or called exec."""
+        if self.thread.is_alive():
+            self.thread.join()
+        if process.row in self.early and not process.read_again:
+            return self.early[process.row]
+        return self._read(process.pid, process.stat)
+
+    def _read(self, pid: int, stat: Stat) -> Cells:
+        machine, mm_files = self.machine, mm_files_of(self.machine, pid, stat)
+        text = b""
+        if mm_files is not None:
+            text = machine.read(f"{machine.proc}/{pid}/{mm_files}{ROLLUP}")
+        now = machine.stat(pid)
+        if not now or not now.same_image(stat) or (mm_files is not None and not text):
+            raise ProcessLookupError
+        return sizes_of(ROLLUP, text)
 
 
 # ---- Counting -----------------------------------------------------------------------------------
+#
+# A Ledger counts frames of one sort, each once.  It takes in rows in their order, which is depth
+# first.  An example: row 1 has six pages, and two children that were forked from it.  Row 2 wrote
+# to page 3, which was copied.  Row 3 moved what was on page 4 to page 5 (mremap).
+#
+#     page    0   1   2   3   4   5
+#     row 1  10  11  12  13  14  15     the frames (PFNs) that the pages have
+#     row 2  10  11  12  23  14  15
+#     row 3  10  11  12  13   -  14
+#
+# Row 1 is visited.  All six PFNs are unmarked, so unknown.  They are entered in a new Block at this
+# place, each in the lane of its page, and marked by the Block's mark (3, say).  A Block knows the
+# PFNs, and of each lane the row that was first to have the frame and the one that had it last:
+#     first {1: lanes 0-5}            last {1: lanes 0-5}         seen {NOBODY: 6}
+# `seen` belongs to the visit: how many frames the row has, by who had them last before.
+#
+# Row 2 is visited.  Its part is compared with the Block: five lanes are the same.  In place of 13
+# it has frame 23, which is unmarked, but the lane is taken: 23 becomes a single frame, known by
+# itself, as a record (first row, last row, mappings) = (2, 2, 1), and is marked SINGLE.
+#     first {1: lanes 0-5}            last {1: lane 3, 2: the others}     seen {1: 5, NOBODY: 1}
+#
+# Row 3 is visited.  Lanes 0 to 3 are the same.  On page 5 it has frame 14, not 15; 14 has the mark
+# of a Block, but is not met at its place: it is astray.  What is astray waits until all parts of
+# the row are compared.  Then the Block it is in is dissolved: all its frames become single.
+# 14 is looked at once more, as a single frame.          seen {1: 1, 2: 4}
+#     single: 10, 11, 12 and 14 (1, 3, 3), 13 (1, 3, 2), 15 (1, 2, 2), 23 (2, 2, 1)
+#
+# FRAMES of a row is the sum of its seen: 6, 6, 5.  +UNIQUE is seen[NOBODY]: 6, 1, 0.
+# TREE of a row adds up FRAMES over its subtree, and takes off what is repeated there.  A row with
+# seen[other] = n has n frames that `other` had, too; n are taken off at the lowest common ancestor
+# of both, and so from all rows above that.  Here all of 5 + 1 + 4 go off row 1: 6 + 6 + 5 - 10 = 7.
+# FREED: a frame is freed with row v if the machine maps it no more often than the set does, and if
+# all who map it are below v.  The lowest row that has all of them below it is the lowest common
+# ancestor of the first and the last, since subtrees are intervals of rows: with it, the frame is
+# credited, and then added up over subtrees.  If the machine maps frame 12 four times, as some
+# process outside does, and the others as often as here: FREED is 6, 1 (frame 23), 0.
 
-# Marks of PFNs.  0: not known.  UNREAL: no memory.  SINGLE: known by itself.  Others: in a Block.
-UNREAL, SINGLE, *OF_BLOCKS = range(1, 256)
-MARKS_GROWTH, UNMARKED = 1 << 20, bytes(1 << 12)  # marks grow by these, are searched by those
-RUNS_APART = b"\x80" * 64  # unknown PFNs; fewer cost less to read over than another call
+# Marks of PFNs.  UNREAL: no memory.  SINGLE: known by itself.  OF_BLOCKS: known in a Block.
+UNMARKED, UNREAL, SINGLE, *OF_BLOCKS = range(256)
+MARKS_GROWTH = 1 << 20  # bytes: marks grow by so many
+UNMARKED_PART = bytes(1 << 12)  # marks are searched by parts of this size
+RUNS_APART = bytes([YES]) * 64  # unknown PFNs: reading over fewer is cheaper than another read
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
-ALL_LANES = int.from_bytes(b"\x80" * LANES, "little")
+ALL_LANES = int.from_bytes(bytes([YES]) * LANES, "little")
 FEW = 16  # so many pages take less memory one by one than in a Block
 MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
-SINGLES = 1 << 6  # PFNs to an array of single frames
+MAX_SUM = 255  # a byte of a sum holds so many additions; fewer sums: a sixth less for `many`
+SINGLES = 1 << 6  # PFNs to an array of single frames: with a record each, they take more memory
 
 
 def as_bytes(lanes: int) -> bytes:
@@ -611,21 +809,52 @@ def as_bytes(lanes: int) -> bytes:
 
 
 def how_many(lanes: int) -> int:
-    return as_bytes(lanes).count(0x80)
+    return as_bytes(lanes).count(YES)
 
 
-def lazy_bytes(size: int) -> mmap.mmap:
-    """Zeros that take memory only once they are written to."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory
+def looked_up(table: memoryview, keys: list[int]) -> Sequence[int]:
+    """What the table has at each of the keys, in a third of a loop's time."""
+    found: Sequence[int] = itemgetter(0, 0, *keys)(table)  # of a single key it would be no tuple
+    return found[2:]
+
+
+class Tree:
+    """Rows below rows, numbered depth first: a subtree is an interval.  Row 0 is above all."""
+
+    def __init__(self, parents: list[int]) -> None:
+        self.parents = parents  # by row
+
+    def common_ancestor(self, first: int, last: int) -> int:
+        """The lowest row that has both below it, or is one of them."""
+        while last > first:
+            last = self.parents[last]
+        return last
+
+    def add_up(self, figures: list[int]) -> None:
+        """Add to each row's figure those of all rows below it."""
+        for row in range(len(figures) - 1, 0, -1):
+            figures[self.parents[row]] += figures[row]
+
+
+class Visit:
+    """One row's count in one Ledger, while it lasts."""
+
+    def __init__(self, row: int, shares_mm_with: int) -> None:
+        self.row, self.shares_mm_with = row, shares_mm_with
+        self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
+        self.astray: list[int] = []  # PFNs that it has away from their Blocks
+
+    @property
+    def counts_mappings(self) -> bool:
+        """Whether its mappings were not counted already, with another row's of the same mm."""
+        return self.shares_mm_with == NOBODY
 
 
 class Block:
     """The frames of LANES neighbouring pages, one for each as far as known.
 
-    A lane is a page's byte in an integer of LANES bytes, marked by 0x80: one operation for all.
+    A lane is a page's byte in an integer of LANES bytes; lanes are chosen by YES in each of them.
+    So one operation is for all of them: counted one by one, they take three times as long.
     """
 
     def __init__(self, mark: int) -> None:
@@ -634,15 +863,17 @@ class Block:
         # By row: lanes whose frames it was first to have, or last.  last[NOBODY]: without a frame.
         self.first: dict[int, int] = {}
         self.last = {NOBODY: ALL_LANES}
-        # How often the set maps each lane's frame: a new sum after every 255 additions.
+        # How often the set maps each lane's frame: a new sum after every MAX_SUM additions.
         self.mapped: list[int] = []
         self.additions = 0
 
     def same(self, planes: list[int], lanes: int) -> int:
         """Those of the lanes in which this Block has the same frames as the planes."""
         lanes &= ~self.last.get(NOBODY, 0)
+        if not lanes:
+            return 0
         differ = 0
-        for one, other in zip(planes, self.planes) if lanes else ():
+        for one, other in zip(planes, self.planes):
             differ |= one ^ other
         sevens = lanes - (lanes >> 7)  # 0x7F in each of these lanes
         differ |= (differ & sevens) + sevens  # the top bit tells that a lane is not 0
@@ -654,19 +885,19 @@ class Block:
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.first[row] = self.first.get(row, 0) | lanes
 
-    def see(self, row: int, lanes: int, seen: dict[int, int], once: bool) -> None:
-        """The row has the frames in these lanes.  Count them in `seen`, by who had them last."""
-        if once:
-            if self.additions % 255 == 0:
+    def see(self, visit: Visit, lanes: int) -> None:
+        """The visited row has the frames in these lanes."""
+        if visit.counts_mappings:
+            if self.additions % MAX_SUM == 0:
                 self.mapped.append(0)
             self.additions += 1
             self.mapped[-1] += lanes >> 7
-        own = self.last.pop(row, 0)  # what the row had already, it maps twice
-        others, self.last = self.last, {row: own | lanes}
+        own = self.last.pop(visit.row, 0)  # what the row had already, it maps twice
+        others, self.last = self.last, {visit.row: own | lanes}
         for other, theirs in others.items():
             both = theirs & lanes
             if both:
-                seen[other] += how_many(both)
+                visit.seen[other] += how_many(both)
             if both != theirs:
                 self.last[other] = theirs ^ both
 
@@ -692,8 +923,9 @@ class Block:
 
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes mapped at most as often as the set maps them; some may have no frame."""
-        there = itemgetter(0, 0, *self.pfns())(mapcounts)[2:]  # with one key it would be no tuple
-        return int.from_bytes(map(le, there, self.mappings()), "little") << 7
+        by_all = looked_up(mapcounts, self.pfns())
+        ones = int.from_bytes(map(le, by_all, self.mappings()), "little")  # 1 in such a lane
+        return ones * YES
 
 
 class Ledger:
@@ -702,226 +934,225 @@ class Ledger:
     A frame that may be shared is entered in a Block, at the place where it is first met: an
     address, or a page of a file.  Forked processes, and those that map the file, have it there.
     A PFN is known at one place only, as `marks` tells.  If it is met elsewhere (KSM, mremap), its
-    Block is dissolved: its frames become single, known one by one.  So is what a process has in
-    place of a known frame (copy-on-write).
-
-    Rows come depth first: the lowest common ancestor of all rows with a frame is that of the first
-    and the last.  In TREE, every row with a frame adds it, and each but the first takes it off at
-    its lowest common ancestor with the row that had it just before.
+    Block is dissolved.  The example above shows all of this.
     """
 
-    def __init__(self, parents: list[int], zero_pages: Sequence[int] = ()) -> None:
-        self.parents = parents
+    def __init__(self, tree: Tree, zero_pages: Sequence[int] = ()) -> None:
+        self.tree = tree
         self.marks = lazy_bytes(max(zero_pages, default=0) + MARKS_GROWTH)  # a byte for each PFN
-        self.blocks: dict[Place, Block | None] = {}  # None: its frames are single
-        self.marked: dict[int, list[Place]] = defaultdict(list)  # places of Blocks by their mark
+        self.blocks: dict[Place, Block] = {}
+        self.dissolved: set[Place] = set()
+        # Places of Blocks by mark: to look through all Blocks instead took 13.7 s for 5.0 where KSM
+        # had moved everything.
+        self.marked: dict[int, list[Place]] = defaultdict(list)
         # By PFN // SINGLES: first row, last row and number of mappings of each, or 0s; interleaved.
         self.singles: dict[int, array.array[int]]
         self.singles = defaultdict(lambda: array.array("i", bytes(12 * SINGLES)))
         # An address space, by the last row that shares it: the first, and its private frames.
         self.spaces: dict[int, Pair] = {}
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
-        self.own, self.new, self.tree, self.freed = ([0] * len(parents) for _ in range(4))
+        rows = len(tree.parents)
+        self.own, self.new, self.of_tree, self.freed = ([0] * rows for _ in range(4))
         for pfn in zero_pages:
             self.marks[pfn] = UNREAL
 
-    def begin(self, row: int, sibling: int) -> None:
-        self.row, self.sibling = row, sibling  # with a sibling, its mappings are counted already
-        self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
-        self.astray: list[int] = []  # PFNs that it has away from their Blocks
+    def count(self, visit: Visit, parts: Iterable[Part], private: int = 0) -> None:
+        """Count a row's parts, and so many frames that only its address space has."""
+        if private:
+            self._count_private(visit, private)
+        for part in parts:
+            self._count_part(visit, part)
+        if visit.astray:
+            for mark in {self.marks[pfn] for pfn in visit.astray} - {SINGLE}:
+                for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
+                    self._dissolve(place)
+            self._count_singly(visit, [*visit.astray])
+        self.own[visit.row] = self.of_tree[visit.row] = sum(visit.seen.values())
+        self.new[visit.row] = visit.seen.pop(NOBODY, 0)
+        for other, number in visit.seen.items():
+            self.of_tree[self.tree.common_ancestor(other, visit.row)] -= number
+
+    def _count_private(self, visit: Visit, frames: int) -> None:
+        first, known = visit.row, 0
+        if visit.shares_mm_with != NOBODY:
+            first, known = self.spaces.pop(visit.shares_mm_with)
+            visit.seen[visit.shares_mm_with] += min(frames, known)
+        visit.seen[NOBODY] += max(frames - known, 0)
+        self.spaces[visit.row] = first, max(frames, known)
+
+    def _count_part(self, visit: Visit, part: Part) -> None:
+        """Count a part: by Blocks what is, or can be, in one; the rest frame by frame."""
+        low = part.chosen.find(YES)
+        while low >= 0:
+            group, lane = divmod(part.page + low, LANES)
+            stop = low - lane + LANES
+            high = part.chosen.rfind(YES, low, stop) + 1
+            entries, chosen = part.entries[low * WORD : high * WORD], part.chosen[low:high]
+            piece, place = Part(part.file, part.page + low, entries, chosen), (part.file, group)
+            block = self.blocks.get(place)
+            if not block and chosen.count(YES) > FEW and place not in self.dissolved:
+                block = self._new_block(place)
+            if block:
+                chosen = self._count_in_block(visit, block, lane, piece)
+                if max(len(block.first), len(block.last)) > MAX_ROWS:
+                    self._dissolve(place)
+            if chosen:
+                self._count_singly(visit, self._pfns(piece._replace(chosen=chosen)))
+            low = part.chosen.find(YES, stop)
+
+    def _new_block(self, place: Place) -> Block:
+        mark = OF_BLOCKS[(len(self.blocks) + len(self.dissolved)) % len(OF_BLOCKS)]
+        self.blocks[place] = Block(mark)
+        self.marked[mark].append(place)
+        return self.blocks[place]
+
+    def _count_in_block(self, visit: Visit, block: Block, lane: int, part: Part) -> bytes:
+        """Count what a Block knows or can know, from a lane on.  Returns what else is chosen."""
+        up = 8 * lane
+        planes = [int.from_bytes(part.entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
+        lanes = int.from_bytes(part.chosen, "little") << up
+        here = block.same(planes, lanes)
+        fresh = as_bytes((lanes & block.last.get(NOBODY, 0)) >> up)
+        if fresh:
+            new, marks, mark = bytearray(fresh), self.marks, block.mark
+            for at, pfn in zip(compress(count(), fresh), self._pfns(part._replace(chosen=fresh))):
+                if marks[pfn] != UNMARKED:
+                    new[at] = 0
+                else:
+                    marks[pfn] = mark
+            entered = int.from_bytes(new, "little") << up
+            if entered:
+                block.enter(visit.row, planes, entered)
+                here |= entered
+        if here:
+            block.see(visit, here)
+        return as_bytes((lanes ^ here) >> up)
+
+    def _pfns(self, part: Part) -> list[int]:
+        """The PFNs of a part, at least one; and room for their marks."""
+        pfns = part.pfns()
+        if max(pfns) >= len(self.marks):
+            self.marks.resize(max(pfns) + MARKS_GROWTH)
+        return pfns
+
+    def _count_singly(self, visit: Visit, pfns: list[int]) -> None:
+        """Count frames one by one; what is in a Block is astray."""
+        row, seen, marks, singles = visit.row, visit.seen, self.marks, self.singles
+        mappings = int(visit.counts_mappings)
+        for pfn in pfns:
+            mark = marks[pfn]
+            if mark > SINGLE:
+                visit.astray.append(pfn)
+            elif mark != UNREAL:
+                records, at = singles[pfn // SINGLES], pfn % SINGLES * 3
+                if mark != SINGLE:
+                    marks[pfn], records[at] = SINGLE, row
+                last = records[at + 1]  # NOBODY in a new record
+                if last != row:
+                    seen[last] += 1
+                    records[at + 1] = row
+                records[at + 2] += mappings
+
+    def _dissolve(self, place: Place) -> None:
+        """Make the frames of a Block single, if it still is one."""
+        block = self.blocks.pop(place, None)
+        if block:
+            self.dissolved.add(place)
+            pfns, mapped = block.pfns(), block.mappings()
+            for first, last, lanes in block.by_rows():
+                for lane in compress(count(), as_bytes(lanes)):
+                    records, at = self.singles[pfns[lane] // SINGLES], pfns[lane] % SINGLES * 3
+                    records[at : at + 3] = array.array("i", [first, last, mapped[lane]])
+                    self.marks[pfns[lane]] = SINGLE
 
     def marked_runs(self) -> Iterator[Pair]:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
-        for start in range(0, len(self.marks), len(UNMARKED)):
-            part = self.marks[start : start + len(UNMARKED)]
-            unknown = part.translate(EQUALS[0]) + RUNS_APART if part != UNMARKED else RUNS_APART
+        for start in range(0, len(self.marks), len(UNMARKED_PART)):
+            part = self.marks[start : start + len(UNMARKED_PART)]
+            if part == UNMARKED_PART:
+                continue
+            unknown = part.translate(EQUALS[UNMARKED]) + RUNS_APART
             first = unknown.find(0)
             while first >= 0:
                 end = unknown.find(RUNS_APART, first)
                 yield start + first, end - first
                 first = unknown.find(0, end)
 
-    def add_private(self, frames: int) -> None:
-        """Take in private frames, which siblings have in common."""
-        first, counted = self.spaces.pop(self.sibling, (self.row, 0))
-        self.seen[self.sibling] += min(frames, counted)
-        self.seen[NOBODY] += frames - min(frames, counted)
-        self.spaces[self.row] = first, max(frames, counted)
-
-    def add(self, file: bytes | None, page: int, entries: bytes, chosen: bytes) -> None:
-        """Take in the row's entries that `chosen` marks by 0x80, which begin at this page."""
-        low = chosen.find(0x80)
-        while low >= 0:
-            group, lane = divmod(page + low, LANES)
-            stop = low - lane + LANES
-            high = chosen.rfind(0x80, low, stop) + 1
-            part, left, place = entries[low * WORD : high * WORD], chosen[low:high], (file, group)
-            if place not in self.blocks and left.count(0x80) > FEW:
-                mark = OF_BLOCKS[len(self.blocks) % len(OF_BLOCKS)]
-                self.blocks[place] = Block(mark)
-                self.marked[mark].append(place)
-            block = self.blocks.get(place)
-            if block:
-                left = self._add_to(block, lane, part, left)
-                if max(len(block.first), len(block.last)) > MAX_ROWS:
-                    self._dissolve(place)
-            if left:
-                self._look_at(self._pfns(part, left))
-            low = chosen.find(0x80, stop)
-
-    def _add_to(self, block: Block, lane: int, entries: bytes, chosen: bytes) -> bytes:
-        """Take in what a Block knows or can know, from a lane on.  Returns what is left."""
-        up = 8 * lane
-        planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
-        lanes = int.from_bytes(chosen, "little") << up
-        here = block.same(planes, lanes)
-        fresh = as_bytes((lanes & block.last.get(NOBODY, 0)) >> up)
-        if fresh:
-            new, marks, mark = bytearray(fresh), self.marks, block.mark
-            for at, pfn in zip(compress(count(), fresh), self._pfns(entries, fresh)):
-                if marks[pfn]:
-                    new[at] = 0
-                else:
-                    marks[pfn] = mark
-            entered = int.from_bytes(new, "little") << up
-            if entered:
-                block.enter(self.row, planes, entered)
-                here |= entered
-        if here:
-            block.see(self.row, here, self.seen, self.sibling == NOBODY)
-        return as_bytes((lanes ^ here) >> up)
-
-    def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
-        """The PFNs of the chosen entries, at least one; and room for their marks."""
-        pfns = list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
-        if max(pfns) >= len(self.marks):
-            self.marks.resize(max(pfns) + MARKS_GROWTH)
-        return pfns
-
-    def _look_at(self, pfns: list[int]) -> None:
-        """Take in the row's frames one by one; those of Blocks wait until finish()."""
-        row, marks, singles, once = self.row, self.marks, self.singles, self.sibling == NOBODY
-        for pfn in pfns:
-            mark = marks[pfn]
-            if mark > SINGLE:
-                self.astray.append(pfn)
-            elif mark != UNREAL:
-                frames, at = singles[pfn // SINGLES], pfn % SINGLES * 3
-                if mark != SINGLE:
-                    marks[pfn], frames[at] = SINGLE, row
-                last = frames[at + 1]
-                if last != row:
-                    self.seen[last] += 1
-                    frames[at + 1] = row
-                frames[at + 2] += once
-
-    def _dissolve(self, place: Place) -> None:
-        """Make the frames of a Block single, unless that was done."""
-        block, self.blocks[place] = self.blocks[place], None
-        if block:
-            pfns, mapped = block.pfns(), block.mappings()
-            for first, last, lanes in block.by_rows():
-                for lane in compress(count(), as_bytes(lanes)):
-                    frames, at = self.singles[pfns[lane] // SINGLES], pfns[lane] % SINGLES * 3
-                    frames[at : at + 3] = array.array("i", [first, last, mapped[lane]])
-                    self.marks[pfns[lane]] = SINGLE
-
-    def finish(self) -> None:
-        """The row is complete: Blocks with frames that were met elsewhere are dissolved."""
-        for mark in {self.marks[pfn] for pfn in self.astray} - {SINGLE}:
-            for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
-                self._dissolve(place)
-        self._look_at([*self.astray])
-        self.own[self.row] = self.tree[self.row] = sum(self.seen.values())
-        self.new[self.row] = self.seen.pop(NOBODY, 0)
-        for other, number in self.seen.items():
-            self.tree[self._common_ancestor(other, self.row)] -= number
-
-    def _common_ancestor(self, first: int, last: int) -> int:
-        """The lowest row that has both below it, or is one of them: subtrees are intervals."""
-        while last > first:
-            last = self.parents[last]
-        return last
-
     def add_up(self, mapcounts: memoryview | None) -> None:
         """All rows are counted: sum over subtrees; `freed` only with mapcounts."""
-        for first, last, number in self._freed(mapcounts) if mapcounts else ():
-            self.freed[self._common_ancestor(first, last)] += number
-        for figures in (self.tree, self.freed):
-            for row in range(len(figures) - 1, 0, -1):
-                figures[self.parents[row]] += figures[row]
-        self.own[0], self.new[0] = self.tree[0], sum(self.new)
+        if mapcounts:
+            for first, last, number in self._freed(mapcounts):
+                self.freed[self.tree.common_ancestor(first, last)] += number
+        self.tree.add_up(self.of_tree)
+        self.tree.add_up(self.freed)
+        self.own[0], self.new[0] = self.of_tree[0], sum(self.new)
 
     def _freed(self, mapcounts: memoryview) -> Iterator[tuple[int, int, int]]:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
         for last, (first, private) in self.spaces.items():
             yield first, last, private
         # The mapcount of such frames is what the set maps, or less if a process ended meanwhile.
-        for block in filter(None, self.blocks.values()):
+        for block in self.blocks.values():
             alone = block.mapped_by_nobody_else(mapcounts)
             for first, last, lanes in block.by_rows():
                 yield first, last, how_many(lanes & alone)
         for group, records in self.singles.items():
             each = zip(count(group * SINGLES), records[::3], records[1::3], records[2::3])
             for pfn, first, last, mappings in each:
-                if mappings and mapcounts[pfn] <= mappings:  # 0: not in use, or only a sibling's
+                # No mappings: no such frame, or one of an mm whose mappings another row counted.
+                if mappings and mapcounts[pfn] <= mappings:
                     yield first, last, 1
 
 
 class Census:
     """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
 
-    def __init__(self, kernel: Any, page_size: int, nodes: list[Node]) -> None:
+    def __init__(self, kernel: Kernel, page_size: int, nodes: list[Node]) -> None:
         self.kernel, self.page_size = kernel, page_size
-        self.parents = [0, *(node.parent for node in nodes)]
+        self.tree = Tree([0, *(node.parent for node in nodes)])
         # A frame can be freed, and used anew as the other sort, meanwhile: each has its own marks.
-        zero_pages = kernel.zero_pages if kernel else ()
-        self.anon, self.file = Ledger(self.parents, zero_pages), Ledger(self.parents, zero_pages)
+        self.anon = Ledger(self.tree, kernel.zero_pages)
+        self.file = Ledger(self.tree, kernel.zero_pages)
         self.slots: dict[int, Ledger] = {}  # by swap type
 
     def count(self, process: Process) -> None:
-        """Count what a process has: what is a file's by its place there, else by address."""
-        for ledger in (self.anon, self.file, *self.slots.values()):
-            ledger.begin(process.row, process.sibling)
-        self.anon.add_private(process.private)
-        for vma, start, entries in process.pieces:
-            kinds = entries[FLAGS::WORD].translate(KINDS)
-            if FILE_PAGE in kinds:
-                of_file = kinds.translate(EQUALS[FILE_PAGE])
-                self.file.add(vma.file, start + vma.shift, entries, of_file)
-            if ANON_OR_DEVICE in kinds:
-                anon = bytearray(kinds.translate(EQUALS[ANON_OR_DEVICE]))
-                # In a file's VMA it is a driver's memory, which is left out, or copies of the file.
-                for at, pfn in compress(enumerate(pfns_of(entries)), anon) if vma.file else ():
-                    known = pfn < len(self.anon.marks) and self.anon.marks[pfn]
-                    if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
-                        anon[at] = 0
-                self.anon.add(None, start, entries, bytes(anon))
-            if IN_SWAP in kinds:
-                self._add_swapped(start, entries, kinds.translate(EQUALS[IN_SWAP]))
-        process.pieces.clear()  # before those of the next one are read
-        for ledger in (self.anon, self.file, *self.slots.values()):
-            ledger.finish()
-
-    def _add_swapped(self, start: int, entries: bytes, chosen: bytes) -> None:
-        """Take in swap slots: by type, and in each their offsets, which lie as close as PFNs."""
-        types, lanes = entries[::WORD].translate(SWAP_TYPE_OF), int.from_bytes(chosen, "little")
-        shifted = int.from_bytes(entries, "little") >> SWAP_TYPE_BITS
-        offsets = shifted.to_bytes(len(entries), "little")
-        for swap_type in {*compress(types, chosen)} & {*range(SWAP_TYPES)}:
+        """Count what a process has, and keep none of its parts."""
+        whose = process.row, process.shares_mm_with
+        anon = chain(process.anon, self._without_devices(process.copies))
+        self.anon.count(Visit(*whose), anon, process.private)
+        self.file.count(Visit(*whose), process.file)
+        by_type = defaultdict(list)
+        for part in process.swapped:
+            for swap_type, slots in slots_of(part):
+                by_type[swap_type].append(slots)
+        for swap_type, parts in by_type.items():
             if swap_type not in self.slots:
-                self.slots[swap_type] = Ledger(self.parents)
-                self.slots[swap_type].begin(self.anon.row, self.anon.sibling)
-            of_type = lanes & int.from_bytes(types.translate(EQUALS[swap_type]), "little")
-            self.slots[swap_type].add(None, start, offsets, as_bytes(of_type))
+                self.slots[swap_type] = Ledger(self.tree)
+            self.slots[swap_type].count(Visit(*whose), parts)
+        for parts in (process.anon, process.copies, process.file, process.swapped):
+            parts.clear()  # before those of the next one are read
+
+    def _without_devices(self, parts: list[Part]) -> Iterator[Part]:
+        """In a file's VMA, what seems anonymous is a driver's memory, or copies of the file."""
+        marks = self.anon.marks
+        for part in parts:
+            chosen = bytearray(part.chosen)
+            for at, pfn in zip(compress(count(), part.chosen), part.pfns()):
+                known = pfn < len(marks) and marks[pfn] != UNMARKED
+                if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
+                    chosen[at] = 0
+            if any(chosen):
+                yield part._replace(chosen=bytes(chosen))
 
     def add_up(self, with_freed: bool) -> None:
         """All rows are counted.  FREED also takes how often the whole machine maps each frame."""
         mapcounts = mapcounts_of(self.kernel, self.anon, self.file) if with_freed else None
-        for ledger in (self.anon, self.file, *self.slots.values()):
-            ledger.add_up(mapcounts if ledger in (self.anon, self.file) else None)
+        self.anon.add_up(mapcounts)
+        self.file.add_up(mapcounts)
+        for slots in self.slots.values():
+            slots.add_up(None)
 
-    def figures(self, row: int) -> dict[str, int]:
+    def figures(self, row: int) -> Cells:
         """What was counted of a row; after add_up()."""
         anon, file, page = self.anon, self.file, self.page_size
         frames = anon.own[row] + file.own[row]
@@ -929,22 +1160,35 @@ class Census:
             "frames": frames,
             "unique": anon.new[row] + file.new[row],
             "size": frames * page,
-            "tree": (anon.tree[row] + file.tree[row]) * page,
+            "tree": (anon.of_tree[row] + file.of_tree[row]) * page,
             "freed": (anon.freed[row] + file.freed[row]) * page,
             "anon": anon.own[row] * page,
             "file": file.own[row] * page,
-            "swap": sum(ledger.own[row] for ledger in self.slots.values()) * page,
+            "swap": sum(slots.own[row] for slots in self.slots.values()) * page,
         }
 
 
+def slots_of(part: Part) -> Iterator[tuple[int, Part]]:
+    """By swap type, the swap slots of a part: their offsets, which lie as close as PFNs do."""
+    types, lanes = (
+        part.entries[::WORD].translate(SWAP_TYPE_OF),
+        int.from_bytes(part.chosen, "little"),
+    )
+    shifted = int.from_bytes(part.entries, "little") >> SWAP_TYPE_BITS
+    offsets = shifted.to_bytes(len(part.entries), "little")
+    for swap_type in {*compress(types, part.chosen)} & {*range(SWAP_TYPES)}:
+        of_type = lanes & int.from_bytes(types.translate(EQUALS[swap_type]), "little")
+        yield swap_type, part._replace(entries=offsets, chosen=as_bytes(of_type))
+
+
 def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
-    """By PFN, how often processes other than memuse map the frame (kpagecount, pagemap.rst)."""
+    """By PFN, how often processes other than memuse map the frame."""
     highest = max(len(ledger.marks) for ledger in ledgers)
     mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
     own = Counter(kernel.own_pfns(FILE_PAGE))
     for _ in range(3):  # again if memuse came to map more: code, when it first runs
         for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
-            counts = low_halves(kernel.machine.words(kernel.kpagecount, first, number))
+            counts = kernel.mapcounts(first, number)
             mapcounts[first : first + len(counts)] = counts
         before, own = own, Counter(kernel.own_pfns(FILE_PAGE))
         if own == before:
@@ -957,85 +1201,109 @@ def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
 
 # ---- The report ---------------------------------------------------------------------------------
 
-COLUMNS = {
-    "pid": ("PID", "process"),
-    "ppid": ("PPID", "its parent"),
-    "user": ("USER", "its owner"),
-    "frames": ("FRAMES", "distinct page frames that hold its memory"),
-    "unique": ("+UNIQUE", "frames not already counted in a row above"),
-    "size": ("SIZE", "FRAMES as memory"),
-    "tree": ("TREE", "memory that it and all below it occupy together"),
-    "freed": ("FREED", "the part of TREE that is freed when these all exit"),
-    "anon": ("ANON", "the part of SIZE that is anonymous memory"),
-    "file": ("FILE", "the part of SIZE that is files and shared memory"),
-    "rss": ("RSS", "resident memory, the kernel's figure"),
-    "pss": ("PSS", "RSS with each page divided by its mappings, the kernel's figure"),
-    "uss": ("USS", "the part of RSS that it alone maps, the kernel's figure"),
-    "pte": ("PTE", "its page tables, which no other column has"),
-    "swap": ("SWAP", "distinct swap slots as memory"),
-    "command": ("COMMAND", "command line, drawn as a tree"),
-}
-FROM_PAGEMAP = {"frames", "unique", "size", "tree", "freed", "anon", "file", "swap"}
-ROLLUP = {"rss": b"Rss", "pss": b"Pss", "uss": b"Private"}  # fields that begin so are added up
-SUMS = {"rss", "pss", "pte"}  # TOTAL has the sum
-FIGURES = FROM_PAGEMAP | ROLLUP.keys() | SUMS
-SIZES, TEXTS = FIGURES - {"frames", "unique"}, {"user", "command"}
-IN_TABLE = ["pid", "frames", "unique", "size", "tree", "freed", "pss", "swap", "command"]
-IN_JSON = ["pid", "ppid", "depth", "frames", "unique", "size", "tree", "freed", "anon", "file"]
-IN_JSON += ["rss", "pss", "uss", "swap", "command"]
+
+class Result(NamedTuple):
+    """A row of the report: a process's or, as the last, TOTAL's."""
+
+    cells: Cells
+    depth: int  # how far below its topmost row
+    unread: str = ""  # why the process could not be read
 
 
-def survey(machine: Machine, kernel: Any, columns: set[str], nodes: list[Node]) -> list[Row]:
+def survey(
+    machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]
+) -> list[Result]:
     """Read and count these processes as one set; without a kernel, no frames.
 
-    Returns a row for each that has not exited, and TOTAL.  "unread" tells why one was not read.
+    Returns a result for each that has not exited, and TOTAL's.
     """
-    figures: dict[int, Row] = {}
-    with_figures = not columns.isdisjoint(ROLLUP)
+    figures = KernelFigures(machine, nodes) if columns_from(ROLLUP) & columns else None
+    if figures:
+        figures.start()
+    census = Census(kernel, machine.page_size, nodes) if kernel else None
+    with Progress(len(nodes)) as progress:
+        processes = read_and_count(nodes, Reader(machine, kernel, columns, progress), census)
+        if census:
+            census.add_up("freed" in columns)
+        depths = [-1]
+        for node, process in zip(nodes, processes):  # children of one that exited move up
+            depths.append(depths[node.parent] + bool(process))
+        results = [
+            merged(process, depths[process.row], census, figures)
+            for process in processes
+            if process
+        ]
+    return [*results, total(results, census, columns)]
 
-    def read_figures() -> None:
-        for row, node in enumerate(nodes, 1):
-            with contextlib.suppress(OSError, MemoryError):  # the main thread asks again
-                figures[row] = kernel_figures(machine, node.pid, node.stat)
 
-    # Half of the kernel's work, done while we count: its calls hold no interpreter lock.
-    thread = threading.Thread(target=read_figures, daemon=True)
-    with contextlib.suppress(RuntimeError):  # no thread is to be had: all is read below
-        if with_figures:
-            thread.start()
-    reader = Reader(machine, kernel, columns, len(nodes))
-    census = Census(kernel, machine.page_size, nodes)
-    processes: list[Process] = []
-    depths = [-1]
+def read_and_count(
+    nodes: list[Node], reader: Reader, census: Census | None
+) -> list[Process | None]:
+    """All processes, counted if they could be read; None for one that exited."""
+    processes = []
     for row, node in enumerate(nodes, 1):
         process = reader.read(row, node)
-        depths.append(depths[node.parent] + bool(process))  # children of one that exited move up
-        if process:
-            processes.append(process)
-            if "unread" not in process.cells:
-                census.count(process)
-    census.add_up(kernel is not None and "freed" in columns)
-    if thread.is_alive():
-        thread.join()
-    write(reader.eraser, sys.stderr)
+        if process and census and not process.unread:
+            census.count(process)
+        processes.append(process)
+    return processes
 
-    rows: list[Row] = []
-    for process in processes:
-        cells = {**process.cells, "depth": depths[process.row], **census.figures(process.row)}
-        if with_figures:
-            early = figures.get(process.row) if process.stat is nodes[process.row - 1].stat else {}
-            try:
-                cells.update(early or kernel_figures(machine, process.pid, process.stat))
-            except PermissionError as error:
-                cells.setdefault("unread", reason(error))
-            except VANISHED:
-                pass  # its frames stay counted
-        if "unread" in cells:
-            cells = {name: cells[name] for name in cells.keys() - FIGURES}
-        rows.append(cells)
-    sums = {name: [cells[name] for cells in rows if name in cells] for name in SUMS & columns}
-    total = {name: sum(values) for name, values in sums.items() if values}
-    return [*rows, {**total, **census.figures(0)}]
+
+def merged(
+    process: Process, depth: int, census: Census | None, figures: KernelFigures | None
+) -> Result:
+    """A process's result: what was read of it, counted, and told by the kernel."""
+    cells, unread = {**process.cells}, process.unread
+    if figures:
+        try:
+            cells.update(figures.get(process))
+        except PermissionError as error:
+            unread = unread or reason(error)
+        except VANISHED:
+            pass  # its frames stay counted
+    if census:
+        cells.update(census.figures(process.row))
+    if unread:
+        cells = {name: cell for name, cell in cells.items() if not is_figure(name)}
+    return Result(cells, depth, unread)
+
+
+def is_figure(name: str) -> bool:
+    """Whether cells of this column are numbers of bytes or frames."""
+    return COLUMNS[name].source in (PAGEMAP, ROLLUP, STATUS)
+
+
+def total(results: list[Result], census: Census | None, columns: set[str]) -> Result:
+    cells: Cells = {}
+    for name in columns:
+        if "+" in COLUMNS[name].ways:
+            values = [int(result.cells[name]) for result in results if name in result.cells]
+            if values:
+                cells[name] = sum(values)
+    if census:
+        cells.update(census.figures(0))
+    return Result(cells, 0)
+
+
+class Progress:
+    """A line on stderr, if that is a terminal and it takes long; it is gone in the end."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes, self.pages, self.eraser = processes, 0, ""
+        self.next_line = time.monotonic() + 1
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        write(self.eraser, sys.stderr)
+
+    def tell(self, done: int, pages: int) -> None:
+        """So many processes are done, and so many pages more were read."""
+        self.pages += pages
+        if time.monotonic() > self.next_line and sys.stderr and sys.stderr.isatty():
+            write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
+            self.eraser, self.next_line = "\r\033[K", time.monotonic() + 0.1
 
 
 def kib(size: int) -> str:
@@ -1051,6 +1319,7 @@ def human(size: int) -> str:
     return f"{value:.{digits}f}{' KMGTPE'[power].strip()}"
 
 
+TEXTS = {"user", "command"}  # to the left
 UNITS = {kib: "KiB, ", str: "bytes, ", human: ""}
 # How a tree is drawn: further down, a child, the last child; and what stands for a cut path.
 LINES, ASCII = ("│  ", "├─ ", "└─ ", "…"), ("|  ", "|- ", "`- ", "~")
@@ -1072,33 +1341,43 @@ def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     return lines[::-1]
 
 
-def table(rows: list[Row], columns: list[str], size: Callable[[int], str], width: int) -> list[str]:
+def table(
+    results: list[Result], columns: list[str], size: Callable[[int], str], width: int
+) -> list[str]:
     """Header, processes, TOTAL.  Of lines longer than `width`, if any, only the command is cut."""
-    encoding = sys.stdout.encoding
-
-    def cell(row: Row, name: str) -> str:
-        if name not in row:
-            return "-"
-        text = size(row[name]) if name in SIZES else str(row[name])
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-
-    skipped = sum("unread" in row for row in rows)
-    about = plural(len(rows) - 1) + (f", {skipped} unread" if skipped else "")
-    rows = [*rows[:-1], {**rows[-1], "pid": "TOTAL", "command": UNITS[size] + about, "depth": 0}]
-    cells = {name: [COLUMNS[name][0], *(cell(row, name) for row in rows)] for name in columns}
+    unread = sum(bool(result.unread) for result in results)
+    about = plural(len(results) - 1) + (f", {unread} unread" if unread else "")
+    words: Cells = {"pid": "TOTAL", "command": UNITS[size] + about}
+    results = [*results[:-1], results[-1]._replace(cells={**results[-1].cells, **words})]
+    shown = {
+        name: [COLUMNS[name].header, *(cell_text(result, name, size) for result in results)]
+        for name in columns
+    }
     if "command" in columns:
-        others = sum(max(map(columns_of, cells[name])) + 1 for name in columns if name != "command")
-        room = max(width - others, len("COMMAND")) if width else 0
-        signs = "".join(LINES)
+        others = [name for name in columns if name != "command"]
+        taken = sum(max(map(columns_of, shown[name])) + 1 for name in others)
+        room = max(width - taken, len("COMMAND")) if width else 0
+        signs, encoding = "".join(LINES), sys.stdout.encoding
         drawing = LINES if signs.encode(encoding, "ignore").decode(encoding) == signs else ASCII
-        drawn = zip(tree_lines([0, *(row["depth"] for row in rows)], drawing), cells["command"])
-        cells["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in drawn]
+        drawn = zip(
+            tree_lines([0, *(result.depth for result in results)], drawing), shown["command"]
+        )
+        shown["command"] = [shortened(tree, command, room, drawing[3]) for tree, command in drawn]
     for name in columns[:-1] if columns[-1] in TEXTS else columns:
-        wide = max(map(columns_of, cells[name]))
-        blanks = [" " * (wide - columns_of(text)) for text in cells[name]]
-        pairs = zip(cells[name], blanks) if name in TEXTS else zip(blanks, cells[name])
-        cells[name] = ["".join(pair) for pair in pairs]
-    return [" ".join(line).rstrip() for line in zip(*cells.values())]
+        wide = max(map(columns_of, shown[name]))
+        blanks = [" " * (wide - columns_of(text)) for text in shown[name]]
+        pairs = zip(shown[name], blanks) if name in TEXTS else zip(blanks, shown[name])
+        shown[name] = ["".join(pair) for pair in pairs]
+    return [" ".join(line).rstrip() for line in zip(*shown.values())]
+
+
+def cell_text(result: Result, name: str, size: Callable[[int], str]) -> str:
+    """What stands in a cell, in what stdout can show."""
+    if name not in result.cells:
+        return "-"
+    cell, encoding = result.cells[name], sys.stdout.encoding
+    text = size(int(cell)) if "s" in COLUMNS[name].ways else str(cell)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def shortened(tree: str, command: str, room: int, dots: str) -> str:
@@ -1127,14 +1406,19 @@ def cut(text: str, room: int) -> str:
     return text[: len([*takewhile(lambda end: end <= room, ends)])]
 
 
-def as_json(rows: list[Row], columns: list[str], page_size: int) -> str:
+def as_json(results: list[Result], columns: list[str], page_size: int) -> str:
     import json  # not above: it would be a part of every start
 
+    rows = [{**result.cells, "depth": result.depth} for result in results]
     content = {
         "page_size": page_size,
         "processes": [{name: row.get(name) for name in columns} for row in rows[:-1]],
-        "total": {name: rows[-1].get(name) for name in columns if name in FIGURES},
-        "skipped": [{"pid": r["pid"], "reason": r["unread"]} for r in rows if "unread" in r],
+        "total": {name: rows[-1].get(name) for name in columns if is_figure(name)},
+        "skipped": [
+            {"pid": result.cells["pid"], "reason": result.unread}
+            for result in results
+            if result.unread
+        ],
     }
     return json.dumps(content)
 
@@ -1169,8 +1453,14 @@ class Parser(argparse.ArgumentParser):
         write(message, file)
 
 
+def about_column(name: str) -> str:
+    column = COLUMNS[name]
+    return column.about + (", the kernel's figure" if column.source == ROLLUP else "")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    about_columns = "".join(f"  {name:8} {about}\n" for name, (_, about) in COLUMNS.items())
+    names_of_all = [name for name, column in COLUMNS.items() if column.header]
+    about_columns = "".join(f"  {name:8} {about_column(name)}\n" for name in names_of_all)
     parser = Parser(
         prog="memuse",
         add_help=False,
@@ -1205,8 +1495,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if arguments.output is not None:
         names = arguments.output.lower().lstrip("+").split(",")
         for name in names:
-            if name not in COLUMNS:
-                parser.error(f"there is no column {name!r}; there are {', '.join(COLUMNS)}")
+            if name not in names_of_all:
+                parser.error(f"there is no column {name!r}; there are {', '.join(names_of_all)}")
         if arguments.output.startswith("+"):
             names = [*default[:-1], *names, default[-1]]  # before the command
     arguments.columns = list(dict.fromkeys(names))
@@ -1250,25 +1540,26 @@ def run(machine: Machine, argv: list[str]) -> int:
     nodes = find_processes(machine, roots, members)
     with contextlib.ExitStack() as files:
         try:
-            kernel = Kernel(machine, files) if nodes and FROM_PAGEMAP & {*columns} else None
+            from_frames = columns_from(PAGEMAP) & {*columns}
+            kernel = Kernel(machine, files) if nodes and from_frames else None
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
-        rows = survey(machine, kernel, {*columns}, nodes)
+        results = survey(machine, kernel, {*columns}, nodes)
 
-    found, shown = {node.pid for node in nodes}, {row["pid"] for row in rows[:-1]}
+    found, shown = {node.pid for node in nodes}, {result.cells["pid"] for result in results[:-1]}
     failures = [why_missing(machine, pid) for pid in roots if pid not in found]
     exited = found - shown
     failures += [f"process {pid} exited while it was being read" for pid in roots if pid in exited]
-    skipped = {row["pid"]: row["unread"] for row in rows if "unread" in row}
+    skipped = {result.cells["pid"]: result.unread for result in results if result.unread}
     for why in dict.fromkeys(skipped.values()):
         pids = [str(pid) for pid in skipped if skipped[pid] == why]
         failures.append(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} not read: {why}")
     if shown <= skipped.keys():
         raise Error("; ".join(failures) or "none of the processes is left")
     if arguments.json:
-        lines = [as_json(rows, columns, machine.page_size)]
+        lines = [as_json(results, columns, machine.page_size)]
     else:
-        lines = table(rows, columns, arguments.size, width_of_output())
+        lines = table(results, columns, arguments.size, width_of_output())
     write("".join(f"{line}\n" for line in lines), sys.stdout)
     others = len(exited - {*roots})
     notes = [f"{plural(others)} exited while being read"] if others else []

@@ -38,7 +38,7 @@ Result = subprocess.CompletedProcess[str]
 
 # Another user; an interpreter may be in a home that is not theirs.
 READ_ALL = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *READ_ALL]
+AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *READ_ALL]
 # Without what changes the language, the width of lines, or how Python writes.
 ENVIRONMENT = {
     name: value
@@ -75,7 +75,7 @@ def run(command: Sequence[object], **options: Any) -> Result:
     return subprocess.run([str(word) for word in command], check=False, **options)
 
 
-def memuse(*arguments: object, prefix: Sequence[str] = (), **options: Any) -> Result:
+def run_memuse(*arguments: object, prefix: Sequence[str] = (), **options: Any) -> Result:
     """Run the command as a user does."""
     return run([*prefix, *MEMUSE, *arguments], **options)
 
@@ -92,11 +92,11 @@ def inside(machine: Any, *arguments: object, **environment: str) -> Result:
     """Run memuse in this process, on this machine (None) or one that is not here.
 
     In a fraction of the time that the command takes.  What only another process shows is for
-    memuse() and simulated(), such as its exit, its streams, or that it leaves itself out.
+    run_memuse() and simulated(), such as its exit, its streams, or that it leaves itself out.
     """
     import machines
 
-    import memuse as tool  # not above: a function here has its name
+    import memuse
 
     if isinstance(machine, str):
         machine = machines.named(machine)
@@ -108,7 +108,7 @@ def inside(machine: Any, *arguments: object, **environment: str) -> Result:
             patch.setenv(name, value)
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                status = tool.main([str(word) for word in arguments], machine)
+                status = memuse.main([str(word) for word in arguments], machine)
         except SystemExit as end:  # as argparse ends a program
             status = int(end.code or 0)
         finally:
@@ -130,7 +130,7 @@ def measured(*arguments: object) -> dict[str, Any]:
 
 def measured_apart(*arguments: object) -> dict[str, Any]:
     """memuse's JSON of the whole command."""
-    return reported(memuse("--json", *arguments))
+    return reported(run_memuse("--json", *arguments))
 
 
 def reported(result: Result) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Missing(Exception):
     """What cannot be had here, in one line."""
 
 
-class Machine(NamedTuple):
+class Emulated(NamedTuple):
     """How to emulate an architecture; both names go on after qemu-system-."""
 
     emulator: str
@@ -53,7 +53,7 @@ class Machine(NamedTuple):
     console: str
 
 
-class Kernel(NamedTuple):
+class Guest(NamedTuple):
     """A kernel package, and what to run it on."""
 
     name: str
@@ -66,32 +66,32 @@ class Kernel(NamedTuple):
 # edd=off: else the kernel asks an emulated BIOS for disks, for many seconds.
 # pauth-impdef: the architected algorithm takes half of the time under emulation.
 # cap-hpt-max-page-size: else there are no huge pages with hashed page tables.
-X86 = Machine("x86_64", "x86", "-M q35 -cpu max", "ttyS0 edd=off")
-ARM = Machine("aarch64", "arm", "-M virt -cpu max,pauth-impdef=on", "ttyAMA0")
-S390 = Machine("s390x", "misc or -s390x", "-M s390-ccw-virtio -cpu max", "ttysclp0")
-PPC = Machine("ppc64", "ppc", "-M pseries,cap-hpt-max-page-size=16m", "hvc0")
+X86 = Emulated("x86_64", "x86", "-M q35 -cpu max", "ttyS0 edd=off")
+ARM = Emulated("aarch64", "arm", "-M virt -cpu max,pauth-impdef=on", "ttyAMA0")
+S390 = Emulated("s390x", "misc or -s390x", "-M s390-ccw-virtio -cpu max", "ttysclp0")
+PPC = Emulated("ppc64", "ppc", "-M pseries,cap-hpt-max-page-size=16m", "hvc0")
 MACHINES = {"amd64": X86, "arm64": ARM, "s390x": S390, "ppc64el": PPC}
 PPC64LE = "linux-image-powerpc64le"
 NEWER = "bookworm-backports"
 POWER8, POWER9 = "-cpu power8", "-cpu power9"  # hashed page tables, and radix
 KERNELS = [
-    Kernel("amd64-bullseye", "amd64", "bullseye", "linux-image-amd64"),
-    Kernel("amd64-bookworm", "amd64", "bookworm", "linux-image-amd64"),
-    Kernel("amd64-trixie", "amd64", "trixie", "linux-image-amd64"),
-    Kernel("amd64-sid", "amd64", "sid", "linux-image-amd64"),
-    Kernel("amd64-experimental", "amd64", "sid experimental", "linux-image-amd64/experimental"),
-    Kernel("arm64-bookworm", "arm64", "bookworm", "linux-image-arm64"),
-    Kernel("arm64-16k-trixie", "arm64", "trixie", "linux-image-arm64-16k"),
-    Kernel("arm64-16k-sid", "arm64", "sid", "linux-image-arm64-16k"),
-    Kernel("s390x-bookworm", "s390x", "bookworm", "linux-image-s390x"),
-    Kernel("s390x-sid", "s390x", "sid", "linux-image-s390x"),
-    Kernel("ppc64el-hash-bookworm", "ppc64el", "bookworm", PPC64LE, POWER8),
-    Kernel("ppc64el-radix-bookworm", "ppc64el", "bookworm", PPC64LE, POWER9),
-    Kernel(
+    Guest("amd64-bullseye", "amd64", "bullseye", "linux-image-amd64"),
+    Guest("amd64-bookworm", "amd64", "bookworm", "linux-image-amd64"),
+    Guest("amd64-trixie", "amd64", "trixie", "linux-image-amd64"),
+    Guest("amd64-sid", "amd64", "sid", "linux-image-amd64"),
+    Guest("amd64-experimental", "amd64", "sid experimental", "linux-image-amd64/experimental"),
+    Guest("arm64-bookworm", "arm64", "bookworm", "linux-image-arm64"),
+    Guest("arm64-16k-trixie", "arm64", "trixie", "linux-image-arm64-16k"),
+    Guest("arm64-16k-sid", "arm64", "sid", "linux-image-arm64-16k"),
+    Guest("s390x-bookworm", "s390x", "bookworm", "linux-image-s390x"),
+    Guest("s390x-sid", "s390x", "sid", "linux-image-s390x"),
+    Guest("ppc64el-hash-bookworm", "ppc64el", "bookworm", PPC64LE, POWER8),
+    Guest("ppc64el-radix-bookworm", "ppc64el", "bookworm", PPC64LE, POWER9),
+    Guest(
         "ppc64el-radix-backports", "ppc64el", f"bookworm {NEWER}", f"{PPC64LE}-64k/{NEWER}", POWER9
     ),
-    Kernel("ppc64el-radix-sid", "ppc64el", "sid", f"{PPC64LE}-64k", POWER9),
-    Kernel("ppc64el-radix-4k-trixie", "ppc64el", "trixie", PPC64LE, POWER9),
+    Guest("ppc64el-radix-sid", "ppc64el", "sid", f"{PPC64LE}-64k", POWER9),
+    Guest("ppc64el-radix-4k-trixie", "ppc64el", "trixie", PPC64LE, POWER9),
 ]
 
 # ---- Packages -------------------------------------------------------------------
@@ -128,7 +128,7 @@ def mirror() -> str:
 class Apt:
     """An apt of its own for suites and an architecture, to which nothing is installed yet."""
 
-    def __init__(self, folder: Path, kernel: Kernel) -> None:
+    def __init__(self, folder: Path, kernel: Guest) -> None:
         self.archives = folder / "archives"
         state = folder / "apt" / f"{kernel.suites.replace(' ', '-')}-{kernel.architecture}"
         for path in (self.archives / "partial", state / "lists/partial"):
@@ -257,7 +257,7 @@ def only(tree: Path, *patterns: str) -> Path:
     return paths[0]
 
 
-def image(cache: Path, kernel: Kernel, refresh: bool) -> Path:
+def image(cache: Path, kernel: Guest, refresh: bool) -> Path:
     """A folder with a kernel, what its initramfs needs, and a root file system."""
     name = f"{kernel.package} {kernel.suites}".replace("/", " ").replace(" ", "-")
     made = cache / name
@@ -300,7 +300,7 @@ def accelerators(architecture: str) -> list[str]:
     return ["kvm", "tcg,thread=single"] if kvm else ["tcg,thread=single"]
 
 
-def boot(made: Path, kernel: Kernel, log: Path, seconds: int) -> dict[str, Any] | None:
+def boot(made: Path, kernel: Guest, log: Path, seconds: int) -> dict[str, Any] | None:
     """What the guest found, if it finished."""
     machine = MACHINES[kernel.architecture]
     command = [f"qemu-system-{machine.emulator}", *machine.options.split(), *kernel.options.split()]
@@ -343,7 +343,7 @@ def report(name: str, found: dict[str, Any], seconds: float) -> None:
             print(f"    {kind}: {', '.join(names)}", flush=True)
 
 
-def outside(cache: Path, kernels: list[Kernel], refresh: bool, seconds: int) -> int:
+def outside(cache: Path, kernels: list[Guest], refresh: bool, seconds: int) -> int:
     status, missing = 0, []
     cache.mkdir(parents=True, exist_ok=True)
     print(COLUMNS.format(*HEADINGS), flush=True)
@@ -368,7 +368,7 @@ def outside(cache: Path, kernels: list[Kernel], refresh: bool, seconds: int) -> 
     return status or (3 if missing else 0)
 
 
-def need_commands(kernels: list[Kernel]) -> None:
+def need_commands(kernels: list[Guest]) -> None:
     """One error for all that is not installed."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"  # mke2fs
     packages = {"apt-get": "apt", "dpkg-deb": "dpkg", "tar": "tar", "mke2fs": "e2fsprogs"}

@@ -19,8 +19,6 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,8 +29,25 @@ import memuse
 class Here(memuse.Machine):
     """This one; others differ from it in one thing."""
 
+    def before_opening(self, path: str) -> None:
+        """Called with the whole path of what is about to be opened; may raise an OSError."""
 
-class NoScan(memuse.Machine):
+    def after_opening(self, path: str) -> None:
+        """Called once it is open."""
+
+    def opened(self, path: str, directory: memuse.Descriptor | None = None) -> memuse.Descriptor:
+        whole = path if directory is None else f"{directory.path}/{path}"
+        self.before_opening(whole)
+        fd = super().opened(path, directory)
+        try:
+            self.after_opening(whole)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+class NoScan(Here):
     """A kernel before 6.7, where this ioctl gives an error."""
 
     def __init__(self, error: str) -> None:
@@ -44,24 +59,21 @@ class NoScan(memuse.Machine):
         fcntl.ioctl = refuse  # type: ignore[assignment]  # this interpreter runs memuse alone
 
 
-class Refusing(memuse.Machine):
+class Refusing(Here):
     """One that answers with an error where files of these names are opened."""
 
     def __init__(self, error: str, *names: str) -> None:
         self.error, self.names = getattr(errno, error), names
 
-    @contextmanager
-    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
+    def before_opening(self, path: str) -> None:
         if os.path.basename(path) in self.names:
             raise OSError(self.error, os.strerror(self.error), path)
-        with super().opened(path, directory) as fd:
-            yield fd
 
 
-class BigEndian(memuse.Machine):
+class BigEndian(Here):
     byteorder = "big" if sys.byteorder == "little" else "little"
 
-    def pread(self, fd: int, size: int, offset: int) -> bytes:
+    def pread(self, fd: memuse.Descriptor, size: int, offset: int) -> bytes:
         words = array.array("Q", super().pread(fd, size, offset))
         words.byteswap()
         return words.tobytes()
@@ -84,34 +96,26 @@ class Eventful(Here):
     def happen(self) -> None:
         raise NotImplementedError
 
-    def come_to(self, kind: str, path: str, directory: int | None = None) -> None:
-        if directory is not None:
-            path = os.path.join(path_of(directory), path)
+    def come_to(self, kind: str, path: str) -> None:
         if self.left and self.event.fullmatch(f"{kind}:{path}"):
             self.left -= 1
             self.happen()
 
-    @contextmanager
-    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
-        self.come_to("before", path, directory)
-        with super().opened(path, directory) as fd:
-            self.come_to("after", path, directory)
-            yield fd
+    def before_opening(self, path: str) -> None:
+        self.come_to("before", path)
 
-    def words(self, fd: int, first: int, number: int) -> bytes:
-        path = path_of(fd)
-        self.come_to("words", path)
+    def after_opening(self, path: str) -> None:
+        self.come_to("after", path)
+
+    def words(self, fd: memuse.Descriptor, first: int, number: int) -> bytes:
+        self.come_to("words", fd.path)
         words = super().words(fd, first, number)
-        self.come_to("read", path)
+        self.come_to("read", fd.path)
         return words
 
-    def next_resident(self, pagemap: int, start: int, end: int) -> int:
-        self.come_to("scan", path_of(pagemap))
+    def next_resident(self, pagemap: memuse.Descriptor, start: int, end: int) -> int:
+        self.come_to("scan", pagemap.path)
         return super().next_resident(pagemap, start, end)
-
-
-def path_of(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 class Stopping(Eventful):
@@ -165,11 +169,8 @@ class Logged(Here):
     def __init__(self, log: str) -> None:
         self.log = open(log, "w", buffering=1)  # noqa: SIM115
 
-    @contextmanager
-    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
-        self.log.write(f"{path if directory is None else f'{path_of(directory)}/{path}'}\n")
-        with super().opened(path, directory) as fd:
-            yield fd
+    def before_opening(self, path: str) -> None:
+        self.log.write(f"{path}\n")
 
 
 class Hiding(Here):
@@ -178,14 +179,10 @@ class Hiding(Here):
     def __init__(self, *pids: str) -> None:
         self.directories = {f"/proc/{pid}" for pid in pids}
 
-    @contextmanager
-    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
-        whole = path if directory is None else f"{path_of(directory)}/{path}"
-        process, _, name = whole.rpartition("/")
+    def before_opening(self, path: str) -> None:
+        process, _, name = path.rpartition("/")
         if process in self.directories and name in {"maps", "pagemap", "smaps_rollup"}:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        with super().opened(path, directory) as fd:
-            yield fd
 
 
 class Emptied(Here):
@@ -194,7 +191,9 @@ class Emptied(Here):
     def __init__(self, times: str, name: str) -> None:
         self.left, self.name = int(times), name
 
-    def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
+    def read(
+        self, path: str, directory: memuse.Descriptor | None = None, at_most: int = -1
+    ) -> bytes:
         if self.left and os.path.basename(path) == self.name:
             self.left -= 1
             return b""
@@ -234,7 +233,7 @@ class OnlySysAdmin(Here):
         libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: its own files in /proc are its own
 
 
-class MapsFile(memuse.Machine):
+class MapsFile(Here):
     """This one, where memuse comes to map a file while it reads how often frames are mapped."""
 
     def __init__(self, when: str, path: str) -> None:
@@ -247,16 +246,13 @@ class MapsFile(memuse.Machine):
                 self.memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
             self.memory[:: mmap.PAGESIZE]
 
-    @contextmanager
-    def opened(self, path: str, directory: int | None = None) -> Iterator[int]:
+    def before_opening(self, path: str) -> None:
         if path == "/proc/self/maps":
             self.map_it("before")
-        with super().opened(path, directory) as fd:
-            yield fd
 
-    def pread(self, fd: int, size: int, offset: int) -> bytes:
+    def pread(self, fd: memuse.Descriptor, size: int, offset: int) -> bytes:
         words = super().pread(fd, size, offset)
-        if os.readlink(f"/proc/self/fd/{fd}") == "/proc/kpagecount":
+        if fd.path == "/proc/kpagecount":
             self.map_it("after")
         return words
 

@@ -19,7 +19,7 @@ PRESENT, SWAPPED, OF_FILE, GUARD, WRITE_PROTECTED, EXCLUSIVE, SOFT_DIRTY = (
 )
 ANON, NOPAGE, THP, ZERO_PAGE = (1 << bit for bit in (12, 20, 22, 24))  # in kpageflags
 # PFNs: the zero page, the huge one, device memory, and what anyone may map.
-ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE, HUGE_FILES, OWN = (
+ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE_FRAMES, HUGE_FILES, OWN = (
     0x3001, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x60000, 0x80000,
 )  # fmt: skip
 POOL, HUGE_POOL = 0x1000, 8  # so many of them; so many huge pages
@@ -61,13 +61,13 @@ class MadeUp(memuse.Machine):
     def pids(self) -> list[int]:
         return sorted(int(name) for name in os.listdir(self.root) if name.isdigit())
 
-    def pread(self, fd: int, size: int, offset: int) -> bytes:
+    def pread(self, fd: memuse.Descriptor, size: int, offset: int) -> bytes:
         pid = self.vanishing.get(os.fstat(fd).st_ino)
         if pid:
             shutil.rmtree(self.root / str(pid), ignore_errors=True)
         return super().pread(fd, size, offset)
 
-    def next_resident(self, pagemap: int, start: int, end: int) -> int:
+    def next_resident(self, pagemap: memuse.Descriptor, start: int, end: int) -> int:
         """As PAGEMAP_SCAN tells it, or, of pages that are missing, nothing."""
         entries = super().pread(pagemap, (end - start) * 8, start * 8)
         if len(entries) < (end - start) * 8:
@@ -88,7 +88,7 @@ class MadeUp(memuse.Machine):
     def _write_flags(self) -> None:
         pools = [(ZERO, ZERO_PAGE, 1), (HUGE_ZERO, ZERO_PAGE, self.pmd_pages)]
         pools += [(DEVICE, NOPAGE, POOL), (SHARED, ANON, POOL)]
-        pools += [(HUGE, ANON | THP, HUGE_POOL * self.pmd_pages)]
+        pools += [(HUGE_FRAMES, ANON | THP, HUGE_POOL * self.pmd_pages)]
         pools += [(HUGE_FILES, THP, 2 * self.pmd_pages)]
         runs = [(first, [flag] * number) for first, flag, number in pools]
         self._write_words(self.root / "kpageflags", runs, (1 << 20) + 512)
@@ -186,7 +186,7 @@ class MadeUp(memuse.Machine):
 
     def _huge_entries(self, kind: str, at: int, length: int, base: int) -> list[int]:
         pages, number = range(self.pmd_pages), base % HUGE_POOL
-        first = HUGE + number * self.pmd_pages
+        first = HUGE_FRAMES + number * self.pmd_pages
         empty = [0] * (-at % self.pmd_pages)
         if kind in {"huge_file", "huge_untold"}:  # before Linux 6.11 a file's are like the others
             flags = PRESENT | (OF_FILE if kind == "huge_file" else EXCLUSIVE * (number % 2))
@@ -215,7 +215,9 @@ class MadeUp(memuse.Machine):
                 mapped.update(self.memories[min(space)].mappings)
         if with_outsiders:
             for pfn in mapped:
-                anyone = SHARED <= pfn < HUGE or (pfn < OWN and (pfn - HUGE) % self.pmd_pages)
+                anyone = SHARED <= pfn < HUGE_FRAMES or (
+                    pfn < OWN and (pfn - HUGE_FRAMES) % self.pmd_pages
+                )
                 mapped[pfn] += OUTSIDERS[pfn % len(OUTSIDERS)] if anyone else 0
         counts = mapped + Counter(self.mapped_by_memuse)
         self._write_words(self.root / "kpagecount", runs_of(counts), max(counts) + 512)

@@ -21,9 +21,9 @@ from conftest import (
     inside,
     meanwhile,
     measured,
-    memuse,
     needs_root,
     ready,
+    run_memuse,
     simulated,
     wait_for,
 )
@@ -190,7 +190,7 @@ def test_a_group_is_named_as_the_kernel_and_the_file_system_name_it(
     expected = [(family.parent, 0)]
     for path in (shown, NAME, f"/{NAME}", f"{NAME}/", each, f"{each}/"):
         assert tree_of("-g", path) == expected, path
-    result = memuse("--json", "-g", ".", cwd=each)
+    result = run_memuse("--json", "-g", ".", cwd=each)
     assert [row["pid"] for row in json.loads(result.stdout)["processes"]] == [family.parent]
 
 
@@ -209,7 +209,7 @@ def test_v2_goes_before_v1(family: Family) -> None:
 
 
 def test_a_slash_is_the_whole_machine(forked: int) -> None:
-    result = memuse("--json", "-o", "pid,command", "-g", "/")
+    result = run_memuse("--json", "-o", "pid,command", "-g", "/")
     pids = [row["pid"] for row in json.loads(result.stdout)["processes"]]
     assert {1, os.getpid(), forked} <= {*pids}
     assert len(pids) == len({*pids})
@@ -234,7 +234,7 @@ def test_a_groups_name_reaches_no_terminal_as_it_is() -> None:
 
 def test_no_name_is_not_the_whole_machine() -> None:
     """As from a shell's variable that is not set."""
-    result = memuse("-o", "pid", "-g", "")
+    result = run_memuse("-o", "pid", "-g", "")
     assert result.stdout == ""
     assert result.returncode in {1, 2}
 

@@ -20,10 +20,10 @@ from conftest import (
     kill,
     meanwhile,
     measured,
-    memuse,
     needs_root,
     ready,
     reported,
+    run_memuse,
     slow,
     wait_for,
 )
@@ -231,7 +231,7 @@ def test_if_only_the_kernels_figures_cannot_be_had_its_row_stays(turning: Turnin
         columns = "pid,frames,rss,pss,uss,command"
         order = (other.pid, turning.pid)
         result = meanwhile(turning.turn, stops, "-o", columns, *order)
-        alone = memuse("-o", "frames,rss", other.pid).stdout.splitlines()[-1].split()
+        alone = run_memuse("-o", "frames,rss", other.pid).stdout.splitlines()[-1].split()
     assert (result.returncode, result.stderr) == (0, "")
     _, first, second, total = (line.split(None, 5) for line in result.stdout.splitlines())
     assert (first[0], second[0]) == (str(other.pid), str(turning.pid))
@@ -246,7 +246,7 @@ def test_figures_that_have_gone_for_a_moment_are_read_again() -> None:
     with ready(TREE, 0) as process:
         result = inside("Emptied 1 smaps_rollup", "-o", "pid,rss", process.pid)
         assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout == memuse("-o", "pid,rss", process.pid).stdout
+        assert result.stdout == run_memuse("-o", "pid,rss", process.pid).stdout
 
 
 def test_a_sum_of_nothing_that_was_read_is_none(forked: int) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import (
+    AS_NOBODY,
     MEMUSE,
-    NOBODY,
     ROOT,
     TREE,
     Result,
@@ -23,15 +23,17 @@ from conftest import (
     kill,
     meanwhile,
     measured,
-    memuse,
     needs_root,
     ready,
     run,
+    run_memuse,
     running,
     wait_for,
 )
 
-import memuse as module
+import memuse
+
+COLUMNS = [name for name, column in memuse.COLUMNS.items() if column.header]
 
 # ---- Usage ----------------------------------------------------------------------
 
@@ -56,20 +58,20 @@ def test_a_missing_pid_is_what_is_said_to_be_missing(arguments: str) -> None:
 def test_an_unknown_column_is_answered_with_those_that_there_are() -> None:
     for columns in ("sice", "pid,sice", "+sice", "PID,Sice"):
         line = fails(inside(None, "-o", columns, 1), "'sice'", status=2)
-        assert f"there are {', '.join(module.COLUMNS)};" in line
+        assert f"there are {', '.join(COLUMNS)};" in line
 
 
 def test_help_needs_no_rights_and_names_everything() -> None:
-    result = memuse("--help", prefix=NOBODY if os.geteuid() == 0 else [])
+    result = run_memuse("--help", prefix=AS_NOBODY if os.geteuid() == 0 else [])
     assert (result.returncode, result.stderr) == (0, "")
     text = result.stdout
     for word in ("-b, --bytes", "-h, --human-readable", "-J, --json", "--help", "-V, --version"):
         assert word in text
     for short, long in (("-o", "--output COLUMNS"), ("-g", "--cgroup PATH")):
         assert re.search(rf"^  {short}( [A-Z]+)?, {long}\b", text, re.M)  # as Python has it
-    for column in module.COLUMNS:
+    for column in COLUMNS:
         assert re.search(rf"^  {column} +[^ ]", text, re.M), column
-    assert ",".join(module.IN_TABLE) in text
+    assert ",".join(memuse.IN_TABLE) in text
     usage, columns, examples = (text.index(w) for w in ("usage:", "\ncolumns", "\nexamples"))
     assert usage < columns < examples
     assert text[examples:].count("sudo memuse ") == 3
@@ -77,7 +79,7 @@ def test_help_needs_no_rights_and_names_everything() -> None:
 
 
 def test_the_version_is_written_once() -> None:
-    texts = [memuse(option).stdout for option in ("--version", "-V")]
+    texts = [run_memuse(option).stdout for option in ("--version", "-V")]
     assert texts[0] == texts[1]
     assert re.fullmatch(r"memuse \d+\.\d+\.\d+\n", texts[0])
     version = texts[0].split()[1]
@@ -142,7 +144,7 @@ def test_several_roots_are_one_set_in_the_order_given(forked: int) -> None:
 def test_a_circle_of_parents_has_an_end() -> None:
     """As when a PID is used anew while processes are listed."""
 
-    class Circle(module.Machine):
+    class Circle(memuse.Machine):
         def pids(self) -> list[int]:
             return [5, 6]
 
@@ -150,8 +152,8 @@ def test_a_circle_of_parents_has_an_end() -> None:
             pid = int(path.split("/")[2])
             return b"%d (x) S %d" % (pid, 11 - pid) + b" 0" * 50
 
-    assert [node.pid for node in module.find_processes(Circle(), [5], set())] == [5, 6]
-    assert [node.pid for node in module.find_processes(Circle(), [], {5, 6})] == [5, 6]
+    assert [node.pid for node in memuse.find_processes(Circle(), [5], set())] == [5, 6]
+    assert [node.pid for node in memuse.find_processes(Circle(), [], {5, 6})] == [5, 6]
 
 
 def test_no_such_process(ended_child: int) -> None:
@@ -264,7 +266,7 @@ def rows_of(result: Result) -> list[tuple[int, str]]:
 
 @needs_root
 def test_memuse_leaves_itself_out() -> None:
-    rows = rows_of(memuse("--json", os.getpid()))
+    rows = rows_of(run_memuse("--json", os.getpid()))
     assert rows[0][0] == os.getpid()
     assert len(rows) == 1 + len(psutil.Process().children(recursive=True))
 
@@ -273,7 +275,7 @@ def test_memuse_leaves_itself_out() -> None:
 @pytest.mark.parametrize("waiters", ["sudo", "sudo sudo", "doas", "su", "pkexec", "sudo su"])
 def test_those_that_only_wait_for_memuse_are_left_out(waiters: str, sudo: Path) -> None:
     prefix = [str(sudo / name) for name in waiters.split()]
-    rows = rows_of(memuse("--json", os.getpid(), prefix=prefix))
+    rows = rows_of(run_memuse("--json", os.getpid(), prefix=prefix))
     assert rows[0][0] == os.getpid()
     assert not [command for _, command in rows if str(sudo) in command]
 
@@ -285,14 +287,14 @@ def test_others_above_memuse_are_shown(sudo: Path) -> None:
         [str(sudo / "sudo"), "sh", "-c", '"$@"; exit $?', "sh"],
         [str(sudo / "sudoku")],
     ):
-        rows = rows_of(memuse("--json", os.getpid(), prefix=prefix))
+        rows = rows_of(run_memuse("--json", os.getpid(), prefix=prefix))
         assert [command for _, command in rows if f"{sudo}/sudo" in command]
 
 
 @needs_root
 def test_a_waiter_with_another_child_is_shown(sudo: Path) -> None:
     (sudo / "sudo").write_text('#!/bin/sh\nsleep 60 &\n"$@"\nkill $!\n')
-    rows = rows_of(memuse("--json", os.getpid(), prefix=[sudo / "sudo"]))
+    rows = rows_of(run_memuse("--json", os.getpid(), prefix=[sudo / "sudo"]))
     assert [command for _, command in rows if f"{sudo}/sudo" in command]
 
 

@@ -20,9 +20,9 @@ from conftest import (
     inside,
     measured,
     measured_apart,
-    memuse,
     needs_root,
     ready,
+    run_memuse,
     setting,
     simulated,
     wait_for,
@@ -243,7 +243,7 @@ def test_the_whole_system_agrees_with_the_sum_of_pss() -> None:
                 continue
             if process.info["ppid"] in (0, *unreadable):
                 roots.append(process.pid)
-        result = memuse("--json", *roots)
+        result = run_memuse("--json", *roots)
         if result.stdout:  # else one of the roots exited
             reports.append(json.loads(result.stdout))
         if len(reports) == 3:

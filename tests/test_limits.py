@@ -19,10 +19,10 @@ from conftest import (
     inside,
     kill,
     meanwhile,
-    memuse,
     needs_root,
     ready,
     run,
+    run_memuse,
     simulated,
 )
 
@@ -45,7 +45,7 @@ def crowd() -> Iterator[list[int]]:
 
 
 def test_hundreds_of_processes_with_few_open_files(crowd: list[int]) -> None:
-    result = memuse("--json", crowd[0], preexec_fn=few_files)
+    result = run_memuse("--json", crowd[0], preexec_fn=few_files)
     assert (result.returncode, result.stderr) == (0, "")
     rows = json.loads(result.stdout)["processes"]
     assert [row["pid"] for row in rows] == crowd
@@ -72,7 +72,7 @@ def test_those_that_are_gone_hold_no_files() -> None:
 
 def test_too_few_open_files_are_told_in_one_line(forked: int) -> None:
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (5, 5))
-    fails(memuse(forked, preexec_fn=limit), "Too many open files")
+    fails(run_memuse(forked, preexec_fn=limit), "Too many open files")
 
 
 # ---- Memory ---------------------------------------------------------------------
@@ -104,9 +104,9 @@ def test_64_mib_are_enough_for_a_tree_that_shares_256() -> None:
     limit = size_of_interpreter() + 64 * MIB
     columns = ("-o", "pid,frames,unique,size,tree,freed,swap")
     with ready(FORK_SCENE, 6) as process:
-        free = memuse(process.pid, *columns)
+        free = run_memuse(process.pid, *columns)
         in_limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
-        limited = memuse(process.pid, *columns, preexec_fn=in_limit)
+        limited = run_memuse(process.pid, *columns, preexec_fn=in_limit)
     assert (limited.returncode, limited.stderr) == (0, "")
     assert limited.stdout == free.stdout
     assert int(free.stdout.splitlines()[-1].split()[1]) > 65536

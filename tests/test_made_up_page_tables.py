@@ -15,7 +15,6 @@ import reference
 from conftest import KIB, has_no_differences, inside
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from machines import path_of
 from made_up import FIRST_PID, KINDS, Area, MadeUp
 
 import memuse
@@ -144,7 +143,7 @@ class Moving(MadeUp):
         files[1].write_bytes(entries[: 65 * 8] + bytes(len(entries) - 65 * 8))
         return reading
 
-    def opened(self, path: str, directory: int | None = None) -> Any:
+    def opened(self, path: str, directory: memuse.Descriptor | None = None) -> memuse.Descriptor:
         if path.endswith("self/pagemap"):
             self.looks += 1
             if self.looks == 3:
@@ -165,8 +164,10 @@ class Late(MadeUp):
 
     execs: frozenset[int] = frozenset()
 
-    def read(self, path: str, directory: int | None = None, at_most: int = -1) -> bytes:
-        pid = int(os.path.basename(path_of(directory))) if directory is not None else 0
+    def read(
+        self, path: str, directory: memuse.Descriptor | None = None, at_most: int = -1
+    ) -> bytes:
+        pid = int(os.path.basename(directory.path)) if directory is not None else 0
         if path == "stat" and pid in self.execs.union(self.vanishing.values()):
             if pid in self.vanishing.values():
                 shutil.rmtree(self.root / str(pid))

@@ -14,7 +14,17 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, MIB, inside, memuse, needs_root, python, ready, running, wait_for
+from conftest import (
+    ENVIRONMENT,
+    MIB,
+    inside,
+    needs_root,
+    python,
+    ready,
+    run_memuse,
+    running,
+    wait_for,
+)
 
 pytestmark = needs_root
 
@@ -84,7 +94,7 @@ def hostile() -> Iterator[list[int]]:
 def test_no_trick_of_a_command_line_reaches_the_terminal(name: str, hostile: list[int]) -> None:
     encoding = name if name in {"utf-8", "latin-1"} else "ascii"
     env = {**ENVIRONMENT, **ENVIRONMENTS[name]}
-    result = memuse("--json", *hostile, text=False, env=env)
+    result = run_memuse("--json", *hostile, text=False, env=env)
     assert (result.stderr, result.returncode) == (b"", 0)
     check_harmless(result.stdout, encoding, 1)  # type: ignore[arg-type]
     rows = json.loads(result.stdout)["processes"]
@@ -93,7 +103,7 @@ def test_no_trick_of_a_command_line_reaches_the_terminal(name: str, hostile: lis
         check_harmless(f"{row['command']}\n".encode(), "utf-8", 1)
 
     for more in ({}, {"COLUMNS": "100"}):
-        result = memuse(*hostile, text=False, env={**env, **more})
+        result = run_memuse(*hostile, text=False, env={**env, **more})
         assert (result.stderr, result.returncode) == (b"", 0)
         check_harmless(result.stdout, encoding, len(hostile) + 2)  # type: ignore[arg-type]
         pids = [int(line.split()[0]) for line in result.stdout.splitlines()[1:-1]]
@@ -153,7 +163,7 @@ def in_128_mib() -> None:
 def test_a_command_line_without_end() -> None:
     """A process may call any of its memory its arguments: 512 MiB here, and mostly zeros."""
     with ready(BOAST, 512) as process:
-        result = memuse(process.pid, preexec_fn=in_128_mib)
+        result = run_memuse(process.pid, preexec_fn=in_128_mib)
         assert (result.returncode, result.stderr) == (0, "")
         row = result.stdout.splitlines()[1]
     assert row.split()[0] == str(process.pid)
@@ -168,7 +178,7 @@ def test_long_command_lines_are_neither_kept_whole_nor_paid_for_in_other_rows() 
     with ready("", command=[*python(code), *["y" * 130_000] * 14]) as process:
         children = psutil.Process(process.pid).children()
         wait_for(lambda: sum(child.name() == "cat" for child in children) == 40)
-        result = memuse("-o", "pid,command", process.pid, preexec_fn=in_128_mib)
+        result = run_memuse("-o", "pid,command", process.pid, preexec_fn=in_128_mib)
     assert (result.returncode, result.stderr) == (0, "")
     lengths = [len(line) for line in result.stdout.splitlines()]
     assert len(lengths) == 1 + 121 + 1
@@ -215,7 +225,7 @@ def test_names_of_processes_without_arguments(environment: str, nameless: list[i
         assert Path(f"/proc/{pid}/cmdline").read_bytes() == b""
         assert Path(f"/proc/{pid}/comm").read_bytes()[:-1] == name
     for form, lines in (((), 2 + len(NAMES)), (("--json",), 1)):
-        result = memuse(*form, *nameless, env=env)
+        result = run_memuse(*form, *nameless, env=env)
         assert (result.returncode, result.stderr) == (0, "")
         check_harmless(result.stdout.encode(), "utf-8", lines)
     rows = json.loads(result.stdout)["processes"]

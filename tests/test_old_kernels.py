@@ -78,7 +78,7 @@ def test_a_kernel_that_refuses_to_open_pagemap_is_told_as_a_missing_right(forked
 
 def test_a_kernel_without_user_namespaces_gets_the_same_advice(tmp_path: Path) -> None:
     class Older(MadeUp):
-        def opened(self, path: str, directory: int | None = None) -> Any:
+        def opened(self, path: str, directory: Any = None) -> Any:
             if path.endswith("kpageflags"):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
             return super().opened(path, directory)

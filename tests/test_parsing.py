@@ -147,18 +147,22 @@ STATUS = b"Name:\tRss: 9 kB\nVmRSS:\t   3 kB\nVmPTE:\t      52 kB\nVmSwap:\t  1 
 
 
 def test_sizes_are_those_of_a_field_or_of_several() -> None:
-    sizes = {name: memuse.size_of(name, ROLLUP) >> 10 for name in (b"Rss", b"Pss", b"Private")}
-    assert sizes == {b"Rss": 11, b"Pss": 10, b"Private": 9 + 8 + 7}
-    assert memuse.size_of(b"VmPTE", STATUS) == 52 << 10
-    assert memuse.size_of(b"Rss", b"") == 0  # kernel threads and zombies
+    sizes = memuse.sizes_of(memuse.ROLLUP, ROLLUP)
+    assert sizes == {"rss": 11 << 10, "pss": 10 << 10, "uss": (9 + 8 + 7) << 10}
+    assert memuse.sizes_of(memuse.STATUS, STATUS) == {"pte": 52 << 10}
+    # Kernel threads and zombies have none.
+    assert memuse.sizes_of(memuse.ROLLUP, b"") == {"rss": 0, "pss": 0, "uss": 0}
 
 
 def test_stat_of_a_process_with_an_evil_name() -> None:
     numbers = " ".join(str(number) for number in range(4, 53))
     stat = memuse.parse_stat(f"17 (a) Z 1 (\n) R {numbers}".encode())
     assert (stat.name, stat.state, stat.ppid) == (b"a) Z 1 (\n", b"R", 4)
-    assert (stat.flags, stat.threads, stat.image[0]) == (9, 20, b"22")
-    assert stat.image == [b"22", b"26", b"27", b"28", *(b"%d" % n for n in range(45, 52))]
+    assert (stat.flags, stat.threads, stat.started) == (9, 20, b"22")
+    assert stat.layout == [b"26", b"27", b"28", *(b"%d" % n for n in range(45, 52))]
+    assert stat.same_image(stat._replace(state=b"Z", ppid=1))
+    assert not stat.same_image(stat._replace(started=b"23"))
+    assert not stat.same_image(stat._replace(layout=stat.layout[1:]))
     kernel_thread = memuse.parse_stat(b"2 (kthreadd) S 0 0 0 0 -1 2129984" + b" 0" * 50)
     assert kernel_thread.flags & memuse.PF_KTHREAD
 
@@ -309,7 +313,8 @@ HEADER = b"7f0000000000-7f0000001000 rw-p 00000000 00:00 0 \n"
 
 def parse(text: bytes) -> None:
     """Well-formed VMAs and sizes, or the one expected error."""
-    assert all(memuse.size_of(name, text) >= 0 for name in (b"Rss", b"Private", b"VmPTE"))
+    for source in (memuse.ROLLUP, memuse.STATUS):
+        assert all(size >= 0 for size in memuse.sizes_of(source, text).values())
     with contextlib.suppress(memuse.Error):
         vmas = memuse.parse_maps(text, PAGE)
         assert all(isinstance(start + end, int) for start, end in memuse.areas_of(vmas))
@@ -370,4 +375,4 @@ def test_parsers_take_the_real_thing() -> None:
         )
     rollup = Path("/proc/self/smaps_rollup").read_bytes()
     (rss,) = [line for line in rollup.splitlines() if line.startswith(b"Rss:")]
-    assert memuse.size_of(b"Rss", rollup) == 1024 * int(rss.split()[1])
+    assert memuse.sizes_of(memuse.ROLLUP, rollup)["rss"] == 1024 * int(rss.split()[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import ENVIRONMENT, MEMUSE, memuse, needs_root, run, state_of, wait_for
+from conftest import ENVIRONMENT, MEMUSE, needs_root, run, run_memuse, state_of, wait_for
 
 pytestmark = needs_root
 
@@ -72,7 +72,7 @@ def test_system_calls_only_read(forked: int, tmp_path: Path) -> None:
     calls += ",fork,vfork,execve,unlink,rename,mkdir"
     prefix = ["strace", "-f", "-o", str(log), "-e", f"trace={calls}"]
     env = {**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
-    result = memuse("-o", "+user,pte,uss", forked, prefix=prefix, env=env)
+    result = run_memuse("-o", "+user,pte,uss", forked, prefix=prefix, env=env)
     assert result.returncode == 0
     _, *lines = log.read_text().splitlines()  # the first is execve, of memuse
     assert any("/pagemap" in line or '"pagemap"' in line for line in lines)
@@ -87,7 +87,7 @@ def test_nobody_is_stopped_while_it_is_read(forked: int) -> None:
     """Nor is anything left behind in its directory, or in that of the program."""
     beside = sorted(os.listdir(Path(MEMUSE[1]).parent))
     files = sorted(os.listdir(f"/proc/{forked}/fd"))
-    assert memuse(forked).returncode == 0
+    assert run_memuse(forked).returncode == 0
     assert sorted(os.listdir(Path(MEMUSE[1]).parent)) == beside
     assert sorted(os.listdir(f"/proc/{forked}/fd")) == files
     assert state_of(forked) == "S"

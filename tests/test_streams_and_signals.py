@@ -17,16 +17,16 @@ from conftest import (
     Result,
     fails,
     meanwhile,
-    memuse,
     needs_root,
     on_terminal,
+    run_memuse,
     running,
     shell,
     simulated,
     wait_for,
 )
 
-import memuse as module
+import memuse
 
 pytestmark = needs_root
 
@@ -102,7 +102,7 @@ def test_a_reader_that_quits(form: str, reader: str, wordy: int) -> None:
 
 
 def test_the_rest_of_a_pipe_is_written_when_the_reader_comes_to_it(wordy: int) -> None:
-    whole = memuse("-o", "pid,frames,command", wordy).stdout
+    whole = run_memuse("-o", "pid,frames,command", wordy).stdout
     result = shell(f'"$@" -o pid,frames,command {wordy} | (sleep 0.1; cat)')
     assert (result.stdout, result.returncode) == (whole, 0)
     assert len(whole) > 65536
@@ -115,7 +115,7 @@ def test_no_streams(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stderr", None)
     before = signal.getsignal(signal.SIGINT)
     try:
-        assert module.main(arguments) == 1
+        assert memuse.main(arguments) == 1
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -145,7 +145,7 @@ def test_no_progress_elsewhere(forked: int) -> None:
 
 
 def test_no_progress_of_a_short_run(forked: int) -> None:
-    run = functools.partial(memuse, forked, capture_output=False, stdout=subprocess.DEVNULL)
+    run = functools.partial(run_memuse, forked, capture_output=False, stdout=subprocess.DEVNULL)
     result, shown = on_terminal("stderr", 80, run)
     assert result.returncode == 0
     assert shown == "" or "pages" in shown  # a machine so busy that it took a second

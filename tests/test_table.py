@@ -20,15 +20,15 @@ from conftest import (
     fails,
     inside,
     measured,
-    memuse,
     needs_root,
     on_terminal,
     ready,
+    run_memuse,
     running,
     wait_for,
 )
 
-import memuse as module
+import memuse
 
 pytestmark = needs_root
 DEFAULT = ["PID", "FRAMES", "+UNIQUE", "SIZE", "TREE", "FREED", "PSS", "SWAP", "COMMAND"]
@@ -45,32 +45,38 @@ def shown(*arguments: object, **environment: str) -> list[str]:
 
 # ---- Literal in, literal out ----------------------------------------------------
 
-ROWS: list[dict[str, Any]] = [
+FIGURES: list[dict[str, Any]] = [
     {
-        "pid": 15897, "ppid": 1, "depth": 0, "user": "root", "frames": 1776, "unique": 1776,
+        "pid": 15897, "ppid": 1, "user": "root", "frames": 1776, "unique": 1776,
         "size": 7274496, "tree": 8945664, "freed": 4194304, "anon": 7000000, "file": 274496,
         "rss": 7000064, "uss": 1671168, "pss": 3083264, "pte": 53248, "swap": 0,
         "command": "/usr/bin/zsh",
     },
     {
-        "pid": 77, "ppid": 15897, "depth": 1, "user": "joe", "command": "secret",
-        "unread": "pagemap: Permission denied",
+        "pid": 77, "ppid": 15897, "user": "joe", "command": "secret",
     },
     {
-        "pid": 9783, "ppid": 77, "depth": 2, "user": "joe", "frames": 608, "unique": 408,
+        "pid": 9783, "ppid": 77, "user": "joe", "frames": 608, "unique": 408,
         "size": 2490368, "tree": 2490368, "freed": 1024000, "anon": 2000000, "file": 490368,
         "rss": 2097152, "uss": 966656, "pss": 1333248, "pte": 40960, "swap": 4096,
         "command": "sudo make",
     },
 ]  # fmt: skip
-TOTAL = {
+TOTAL: dict[str, Any] = {
     "frames": 2184, "unique": 2184, "size": 8945664, "tree": 8945664, "freed": 5218304,
     "anon": 8181168, "file": 764496, "rss": 9097216, "pss": 4416512, "pte": 94208, "swap": 4096,
 }  # fmt: skip
+REFUSED = "pagemap: Permission denied"
+RESULTS = [
+    memuse.Result(FIGURES[0], depth=0),
+    memuse.Result(FIGURES[1], depth=1, unread=REFUSED),
+    memuse.Result(FIGURES[2], depth=2),
+    memuse.Result(TOTAL, depth=0),
+]
 
 
-def table(*columns: str, size: Any = module.kib, width: int = 0) -> list[str]:
-    return module.table([*ROWS, TOTAL], [*columns] or module.IN_TABLE, size, width)
+def table(*columns: str, size: Any = memuse.kib, width: int = 0) -> list[str]:
+    return memuse.table(RESULTS, [*columns] or memuse.IN_TABLE, size, width)
 
 
 def test_table() -> None:
@@ -84,7 +90,7 @@ def test_table() -> None:
 
 
 def test_table_with_chosen_columns_and_sizes() -> None:
-    assert table("user", "command", "rss", "pte", "uss", "pid", size=module.human) == [
+    assert table("user", "command", "rss", "pte", "uss", "pid", size=memuse.human) == [
         "USER COMMAND                RSS PTE  USS   PID",
         "root /usr/bin/zsh          6.7M 52K 1.6M 15897",
         "joe   └─ secret               -   -    -    77",
@@ -105,17 +111,18 @@ def test_columns_widen_for_big_numbers() -> None:
 
 
 def test_json() -> None:
-    report = json.loads(module.as_json([*ROWS, TOTAL], module.IN_JSON, 4096))
+    report = json.loads(memuse.as_json(RESULTS, memuse.IN_JSON, 4096))
     assert list(report) == ["page_size", "processes", "total", "skipped"]
     assert report["page_size"] == 4096
     names = "pid ppid depth frames unique size tree freed anon file rss pss uss swap command"
-    for row, expected in zip(report["processes"], ROWS):
+    for row, result in zip(report["processes"], RESULTS):
         assert list(row) == names.split()
+        expected = {**result.cells, "depth": result.depth}
         assert row == {name: expected.get(name) for name in names.split()}
-    del TOTAL["pte"]
-    assert report["total"] == {**TOTAL, "uss": None}
-    assert report["skipped"] == [{"pid": 77, "reason": "pagemap: Permission denied"}]
-    some = json.loads(module.as_json([*ROWS, TOTAL], ["pid", "user", "rss"], 4096))
+    figures = {name: TOTAL[name] for name in TOTAL if name != "pte"}
+    assert report["total"] == {**figures, "uss": None}
+    assert report["skipped"] == [{"pid": 77, "reason": REFUSED}]
+    some = json.loads(memuse.as_json(RESULTS, ["pid", "user", "rss"], 4096))
     assert some["processes"][2] == {"pid": 9783, "user": "joe", "rss": 2097152}
     assert some["total"] == {"rss": 9097216}
 
@@ -170,7 +177,7 @@ def test_units_agree(forked: int) -> None:
         shown(option, "-o", "size", forked)[-1].strip() for option in ("-b", "-osize", "-h")
     )
     assert int(in_bytes) // 1024 == int(kib)
-    assert short == module.human(int(in_bytes))
+    assert short == memuse.human(int(in_bytes))
     assert measured("-o", "size", forked)["total"]["size"] == int(in_bytes)
 
 
@@ -259,7 +266,7 @@ def test_the_tree_is_drawn_before_the_commands(forked: int) -> None:
 def test_the_tree_is_drawn_in_the_outputs_encoding(
     environment: dict[str, str], drawn: str, forked: int
 ) -> None:
-    result = memuse(forked, env=ENVIRONMENT | environment, text=False)
+    result = run_memuse(forked, env=ENVIRONMENT | environment, text=False)
     assert f"    {drawn}".encode() in result.stdout or f" {drawn}".encode() in result.stdout
     assert result.stdout.isascii() == drawn.isascii()
 
@@ -297,7 +304,7 @@ def test_columns_of_the_environment_are_the_width_in_a_pipe(long: int) -> None:
 def test_the_width_of_a_terminal(width: int, environment: str, longest: int, long: int) -> None:
     """A terminal that nobody told its size has a width of 0; COLUMNS goes before."""
     env = ENVIRONMENT | ({"COLUMNS": environment} if environment else {})
-    run = functools.partial(memuse, long, env=env, capture_output=False)
+    run = functools.partial(run_memuse, long, env=env, capture_output=False)
     result, text = on_terminal("stdout", width, run)
     assert result.returncode == 0
     found = max(len(line) for line in text.splitlines())
@@ -354,7 +361,7 @@ def test_a_path_loses_its_middle_before_its_programs_name() -> None:
             assert command_in(width, pid) == expected
         width = columns_before_the_command(pid) + len(whole) - 4
         env = {**ENVIRONMENT, "COLUMNS": str(width), "PYTHONIOENCODING": "ascii"}
-        in_ascii = memuse("-o", "pid,command", pid, env=env).stdout.splitlines()[1]
+        in_ascii = run_memuse("-o", "pid,command", pid, env=env).stdout.splitlines()[1]
         assert in_ascii.split(None, 1)[1] == f"/usr/lib/chr~/chromium {rest}"
 
 
