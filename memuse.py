@@ -1,13 +1,6 @@
 #!/usr/bin/env python3
 """Count the physical memory that a tree of processes really occupies.
 
-    $ sudo ./memuse.py 11945
-      PID FRAMES +UNIQUE   SIZE   TREE  FREED    PSS SWAP COMMAND
-    11945  53248   53248 212992 225660 223508  73441    0 python3 server.py
-    11947  52607    1593 210428 210428   6304  75129    0  ├─ python3 server.py
-    11948  52607    1574 210428 210428   6296  75125    0  └─ python3 server.py
-    TOTAL  56415   56415 225660 225660 223508 223695    0 KiB, 3 processes
-
 The file has this order: constants, the table of columns first; parsing, which reads nothing; the
 Machine, which is read; the Kernel, which knows frames; which processes; reading a process;
 counting; the report; the command line.
@@ -143,6 +136,7 @@ FIRST_NAMESPACES = {0xEFFFFFFC, 0xEFFFFFFD}  # inodes: PID and user (include/lin
 # What an entry stands for.  ANON_EXCLUSIVE: anonymous memory, mapped once in the whole machine.
 # ANON_OR_DEVICE: copies-on-write, KSM, a zero page, a device.  FILE_PAGE: also shared memory.
 NOTHING, ANON_EXCLUSIVE, ANON_OR_DEVICE, FILE_PAGE, IN_SWAP = range(5)
+COPY_OR_DEVICE = 5  # ANON_OR_DEVICE in a VMA of a file: private copies, or a driver's memory
 
 
 def kind_of(flags: int) -> int:
@@ -567,12 +561,7 @@ class Process:
         self.cells: Cells = {"pid": node.pid, "ppid": node.stat.ppid}
         self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
-        # What others may have: pages of files, swapped pages, and anonymous memory (or a device's),
-        # in VMAs of files as copies apart from the rest.
-        self.file: list[Part] = []
-        self.swapped: list[Part] = []
-        self.anon: list[Part] = []
-        self.copies: list[Part] = []
+        self.parts: dict[int, list[Part]] = defaultdict(list)  # by kind, what others may have
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
         self.shares_mm_with = NOBODY  # the last row before that shares the address space
 
@@ -593,16 +582,15 @@ class Process:
                 self._add_part(vma, start + first, part, kinds[first : last + 1])
 
     def _add_part(self, vma: Vma, page: int, entries: bytes, kinds: bytes) -> None:
-        """Take in entries of one VMA from a page on; what each stands for is in `kinds`."""
+        """Take in the entries of one VMA from a page on, with what they stand for."""
         if FILE_PAGE in kinds:
             chosen = kinds.translate(EQUALS[FILE_PAGE])
-            self.file.append(Part(vma.file, page + vma.shift, entries, chosen))
-        if ANON_OR_DEVICE in kinds:
-            chosen = kinds.translate(EQUALS[ANON_OR_DEVICE])
-            where = self.copies if vma.file else self.anon
-            where.append(Part(None, page, entries, chosen))
-        if IN_SWAP in kinds:
-            self.swapped.append(Part(None, page, entries, kinds.translate(EQUALS[IN_SWAP])))
+            self.parts[FILE_PAGE].append(Part(vma.file, page + vma.shift, entries, chosen))
+        for kind in (ANON_OR_DEVICE, IN_SWAP):
+            if kind in kinds:
+                part = Part(None, page, entries, kinds.translate(EQUALS[kind]))
+                copies = kind == ANON_OR_DEVICE and vma.file
+                self.parts[COPY_OR_DEVICE if copies else kind].append(part)
 
 
 class Reader:
@@ -841,13 +829,10 @@ class Visit:
 
     def __init__(self, row: int, shares_mm_with: int) -> None:
         self.row, self.shares_mm_with = row, shares_mm_with
+        # Else they were counted already, with another row of the same mm.
+        self.counts_mappings = shares_mm_with == NOBODY
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
         self.astray: list[int] = []  # PFNs that it has away from their Blocks
-
-    @property
-    def counts_mappings(self) -> bool:
-        """Whether its mappings were not counted already, with another row's of the same mm."""
-        return self.shares_mm_with == NOBODY
 
 
 class Block:
@@ -1117,20 +1102,18 @@ class Census:
 
     def count(self, process: Process) -> None:
         """Count what a process has, and keep none of its parts."""
-        whose = process.row, process.shares_mm_with
-        anon = chain(process.anon, self._without_devices(process.copies))
+        whose, parts = (process.row, process.shares_mm_with), process.parts
+        anon = chain(parts[ANON_OR_DEVICE], self._without_devices(parts[COPY_OR_DEVICE]))
         self.anon.count(Visit(*whose), anon, process.private)
-        self.file.count(Visit(*whose), process.file)
+        self.file.count(Visit(*whose), parts[FILE_PAGE])
         by_type = defaultdict(list)
-        for part in process.swapped:
-            for swap_type, slots in slots_of(part):
-                by_type[swap_type].append(slots)
-        for swap_type, parts in by_type.items():
+        for swap_type, slots in chain.from_iterable(map(slots_of, parts[IN_SWAP])):
+            by_type[swap_type].append(slots)
+        for swap_type, of_type in by_type.items():
             if swap_type not in self.slots:
                 self.slots[swap_type] = Ledger(self.tree)
-            self.slots[swap_type].count(Visit(*whose), parts)
-        for parts in (process.anon, process.copies, process.file, process.swapped):
-            parts.clear()  # before those of the next one are read
+            self.slots[swap_type].count(Visit(*whose), of_type)
+        parts.clear()  # before those of the next one are read
 
     def _without_devices(self, parts: list[Part]) -> Iterator[Part]:
         """In a file's VMA, what seems anonymous is a driver's memory, or copies of the file."""
@@ -1221,32 +1204,21 @@ def survey(
     if figures:
         figures.start()
     census = Census(kernel, machine.page_size, nodes) if kernel else None
-    with Progress(len(nodes)) as progress:
-        processes = read_and_count(nodes, Reader(machine, kernel, columns, progress), census)
-        if census:
-            census.add_up("freed" in columns)
-        depths = [-1]
-        for node, process in zip(nodes, processes):  # children of one that exited move up
-            depths.append(depths[node.parent] + bool(process))
-        results = [
-            merged(process, depths[process.row], census, figures)
-            for process in processes
-            if process
-        ]
-    return [*results, total(results, census, columns)]
-
-
-def read_and_count(
-    nodes: list[Node], reader: Reader, census: Census | None
-) -> list[Process | None]:
-    """All processes, counted if they could be read; None for one that exited."""
-    processes = []
+    progress = Progress(len(nodes))
+    reader = Reader(machine, kernel, columns, progress)
+    processes, depths = [], [-1]
     for row, node in enumerate(nodes, 1):
         process = reader.read(row, node)
-        if process and census and not process.unread:
-            census.count(process)
-        processes.append(process)
-    return processes
+        depths.append(depths[node.parent] + bool(process))  # children of one that exited move up
+        if process:
+            processes.append(process)
+            if census and not process.unread:
+                census.count(process)
+    if census:
+        census.add_up("freed" in columns)
+    results = [merged(process, depths[process.row], census, figures) for process in processes]
+    progress.erase()
+    return [*results, total(results, census, columns)]
 
 
 def merged(
@@ -1286,17 +1258,11 @@ def total(results: list[Result], census: Census | None, columns: set[str]) -> Re
 
 
 class Progress:
-    """A line on stderr, if that is a terminal and it takes long; it is gone in the end."""
+    """A line on stderr, if that is a terminal and it takes long."""
 
     def __init__(self, processes: int) -> None:
         self.processes, self.pages, self.eraser = processes, 0, ""
         self.next_line = time.monotonic() + 1
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        write(self.eraser, sys.stderr)
 
     def tell(self, done: int, pages: int) -> None:
         """So many processes are done, and so many pages more were read."""
@@ -1304,6 +1270,9 @@ class Progress:
         if time.monotonic() > self.next_line and sys.stderr and sys.stderr.isatty():
             write(f"\r{done} of {self.processes} processes, {self.pages} pages\033[K", sys.stderr)
             self.eraser, self.next_line = "\r\033[K", time.monotonic() + 0.1
+
+    def erase(self) -> None:
+        write(self.eraser, sys.stderr)
 
 
 def kib(size: int) -> str:
