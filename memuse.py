@@ -33,11 +33,12 @@ import struct
 import threading
 import time
 from bisect import bisect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, compress, count, groupby, takewhile
 from operator import itemgetter, le
+from stat import S_ISREG
 from typing import Any, NamedTuple, NoReturn, Optional, TextIO, Union
 
 try:
@@ -51,7 +52,7 @@ except ImportError as missing:
         f" (after apt install python3-psutil: sudo /usr/bin/python3 {sys.argv[0]} PID)"
     ) from None
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 Pair = tuple[int, int]
 Place = tuple[Optional[bytes], int]  # a file, or None for the address space; a group of pages
@@ -94,11 +95,10 @@ COLUMNS = {
     "unique": Column("+UNIQUE", PAGEMAP, b"", "tj", "frames not already counted in a row above"),
     "size": Column("SIZE", PAGEMAP, b"", "stj", "FRAMES as memory"),
     "tree": Column("TREE", PAGEMAP, b"", "stj", "memory that it and all below it occupy together"),
-    "freed": Column(
-        "FREED", PAGEMAP, b"", "stj", "the part of TREE that is freed when these all exit"
-    ),
+    "freed": Column("FREED", PAGEMAP, b"", "stj", "memory that comes free when these all exit"),
     "anon": Column("ANON", PAGEMAP, b"", "sj", "the part of SIZE that is anonymous memory"),
-    "file": Column("FILE", PAGEMAP, b"", "sj", "the part of SIZE that is files and shared memory"),
+    "shmem": Column("SHMEM", PAGEMAP, b"", "sj", "the part of SIZE that is shared memory"),
+    "file": Column("FILE", PAGEMAP, b"", "sj", "the rest of SIZE: files and drivers' memory"),
     "rss": Column("RSS", ROLLUP, b"Rss:", "s+j", "resident memory"),
     "pss": Column("PSS", ROLLUP, b"Pss:", "s+tj", "RSS with each page divided by its mappings"),
     "uss": Column("USS", ROLLUP, b"Private_", "sj", "the part of RSS that it alone maps"),
@@ -125,9 +125,15 @@ FLAGS = 7  # the byte that holds bits 56-63, where the least significant comes f
 PM_MMAP_EXCLUSIVE, PM_GUARD_REGION, PM_FILE, PM_SWAP, PM_PRESENT = (
     1 << bit - 56 for bit in (56, 58, 61, 62, 63)
 )
-KPF_ANON, KPF_THP, KPF_ZERO_PAGE = 1 << 12, 1 << 22, 1 << 24  # /proc/kpageflags (pagemap.rst)
+# Of /proc/kpageflags (pagemap.rst).
+KPF_ANON, KPF_SWAPBACKED, KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP, KPF_ZERO_PAGE = (
+    1 << bit for bit in (12, 14, 15, 16, 17, 22, 24)
+)
+SHM_DEST = 0o1000  # in a System V segment's mode: it was removed (linux/shm.h)
+MEMORY_FILE_SYSTEMS = (b"tmpfs", b"devtmpfs", b"hugetlbfs")
 PAGEMAP_SCAN = 0xC0606610  # ioctl (pagemap.rst, since Linux 6.7)
 PAGE_IS_PRESENT, PAGE_IS_SWAPPED = 1 << 3, 1 << 4
+MAP_HUGETLB, MAP_HUGE_SHIFT = 0x40000, 26  # asm-generic/mman-common.h, hugetlb_encode.h
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13 (mmap(2))
 PF_EXITING, PF_KTHREAD = 0x4, 0x00200000  # in /proc/PID/stat's flags (include/linux/sched.h)
 ENDED = (b"Z", b"X")  # the states in it of what has ended (proc.rst, table 1-4)
@@ -160,6 +166,7 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))  # of th
 # ---- Parsing ------------------------------------------------------------------------------------
 
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
+SYSTEM_V = b"/SYSV"  # how names of its segments begin
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read
 KIB_FIELD = re.compile(rb"^(\w+:)\s+(\d{1,15}) kB$", re.M)
@@ -189,6 +196,7 @@ class Part(NamedTuple):
     page: int  # the first one's: of the file, or of the address space
     entries: bytes  # little-endian
     chosen: bytes  # YES for each that is meant, at least one
+    by_mapcount: bool = False  # whether it is freed page by page, once nobody maps a page
 
     def pfns(self) -> list[int]:
         """The PFNs of the chosen entries."""
@@ -201,11 +209,14 @@ class Vma(NamedTuple):
     start: int
     end: int
     shift: int  # from its pages to those of the file
-    file: bytes | None  # device and inode, or a special mapping's name; None: anonymous memory
+    # Device and inode; with the IPC namespace of System V's, whose inodes are numbered by each; or
+    # a special mapping's name.  None: anonymous memory.
+    file: bytes | None
+    name: bytes = b""  # of a single line
 
 
-def parse_maps(maps: bytes, page_size: int) -> list[Vma]:
-    """The VMAs in /proc/PID/maps (proc.rst).  Error on a malformed line."""
+def parse_maps(maps: bytes, page_size: int, ipc: bytes = b"") -> list[Vma]:
+    """The VMAs in /proc/PID/maps (proc.rst) of this IPC namespace.  Error on a malformed line."""
     lines = MAPPING.findall(maps)
     if len(lines) != maps.count(b"\n"):
         raise Error("cannot make out the kernel's list of mappings")
@@ -213,11 +224,13 @@ def parse_maps(maps: bytes, page_size: int) -> list[Vma]:
     for low, high, offset, file, name in lines:
         if name == b"[vsyscall]":  # which pagemap does not cover
             continue
-        if file.endswith(b" 0"):  # no inode, so no file
+        if name.startswith(SYSTEM_V):  # of which the first is inode 0
+            file += b" " + ipc
+        elif file.endswith(b" 0"):  # no inode, so no file
             file = b"" if name.startswith(ANONYMOUS) else name
         start, end = int(low, 16) // page_size, int(high, 16) // page_size
         shift = int(offset, 16) // page_size - start if file else 0
-        vmas.append(Vma(start, end, shift, file or None))
+        vmas.append(Vma(start, end, shift, file or None, name))
     return vmas
 
 
@@ -238,11 +251,39 @@ def joined(vmas: list[Vma]) -> list[Vma]:
     return [Vma(run[0].start, run[-1].end, *alike) for alike, run in runs]
 
 
+Files = dict[bytes, list[Vma]]  # a process's VMAs of each file
+
+
 @lru_cache(maxsize=1)  # forked processes often have the same
-def layout_of(maps: bytes, page_size: int) -> tuple[list[Pair], list[Vma]]:
-    """Where a process has anything, and its VMAs, joined."""
-    vmas = parse_maps(maps, page_size)
-    return areas_of(vmas), joined(vmas)
+def layout_of(maps: bytes, page_size: int, ipc: bytes) -> tuple[list[Pair], list[Vma], Files]:
+    """Where a process has anything, its VMAs, joined, and those of each file as they are."""
+    vmas = parse_maps(maps, page_size, ipc)
+    files: Files = defaultdict(list)
+    for vma in vmas:
+        if vma.file:
+            files[vma.file].append(vma)
+    return areas_of(vmas), joined(vmas), files
+
+
+def is_unnamed(name: bytes) -> bool:
+    """Whether a mapping or link with this name may be of a file without a name."""
+    return name.endswith(b" (deleted)") or name.startswith((SYSTEM_V, b"[anon_shmem:"))
+
+
+def memory_mounts(mountinfo: bytes) -> dict[bytes, bytes]:
+    """In /proc/PID/mountinfo (proc.rst): the device of each mount, by ID; b"" if not memory."""
+    mounts = {}
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(b" - ")
+        fields = before.split()
+        memory = after.startswith(MEMORY_FILE_SYSTEMS)
+        mounts[fields[0]] = device_of(*map(int, fields[2].split(b":"))) if memory else b""
+    return mounts
+
+
+def device_of(major: int, minor: int) -> bytes:
+    """As /proc/PID/maps has it."""
+    return b"%02x:%02x" % (major, minor)
 
 
 def sizes_of(source: str, text: bytes) -> Cells:
@@ -320,6 +361,35 @@ class Machine:
     def pids(self) -> list[int]:
         return psutil.pids()
 
+    def names(self, path: str) -> list[str]:
+        """What a directory has in it."""
+        return os.listdir(path)
+
+    def link(self, path: str) -> bytes:
+        """What a symbolic link says; nothing waits for what it leads to."""
+        return os.readlink(os.fsencode(path))
+
+    def stat_memory(self, path: str) -> os.stat_result:
+        """What a link in /proc leads to, which must be on a file system that is memory."""
+        return os.stat(path)
+
+    def memory_devices(self) -> set[bytes]:
+        """The devices of memory that the kernel itself has mounted, as maps shows them."""
+        sizes = [0]
+        with contextlib.suppress(FileNotFoundError):  # a kernel without huge pages
+            sizes += [int(name[10:-2]) << 10 for name in os.listdir("/sys/kernel/mm/hugepages")]
+        devices = set()
+        for size in sizes:
+            flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+            if size:
+                flags |= MAP_HUGETLB | (size.bit_length() - 1) << MAP_HUGE_SHIFT | MAP_NORESERVE
+            with contextlib.suppress(OSError):  # more than the pool has
+                before = self.read("/proc/self/maps")
+                with mmap.mmap(-1, size or mmap.PAGESIZE, flags=flags):
+                    lines = {*self.read("/proc/self/maps").splitlines()} - {*before.splitlines()}
+                devices |= {line.split()[3] for line in lines if b"(deleted)" in line}
+        return devices
+
     def opened(self, path: str, directory: Descriptor | None = None) -> Descriptor:
         """A file, or a directory; the path may be relative to one that is open."""
         fd = Descriptor(os.open(path, os.O_RDONLY, dir_fd=directory))
@@ -359,7 +429,7 @@ class Machine:
     def own_pid(self) -> int:
         """Our PID as this /proc shows it, whose PID namespace need not be ours."""
         try:
-            return int(os.readlink(f"{self.proc}/self"))
+            return int(self.link(f"{self.proc}/self"))
         except OSError:
             raise Error(f"no {self.proc}/self: mount the /proc of this PID namespace") from None
 
@@ -407,8 +477,6 @@ class Kernel:
         """The PFNs of memuse's own pages of this kind."""
         machine, pfns = self.machine, list[int]()
         vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
-        if kind == FILE_PAGE:
-            vmas = [vma for vma in vmas if vma.file]
         with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
             for start, end in areas_of(vmas):
                 entries = machine.words(pagemap, start, end - start)
@@ -451,6 +519,12 @@ class Kernel:
     def flags_of(self, pfn: int) -> int:
         """A frame's flags in /proc/kpageflags; 0 past its end, where a device's may be."""
         return int.from_bytes(self.machine.words(self.kpageflags, pfn, 1), "little")
+
+    def is_shared_memory(self, pfn: int) -> bool:
+        """Whether a file's frame is of tmpfs or hugetlbfs, as the kernel's RssShmem counts it."""
+        while self.flags_of(pfn) & (KPF_COMPOUND_TAIL | KPF_HUGE) == KPF_COMPOUND_TAIL:
+            pfn -= 1  # older kernels know the flags of a huge page's head alone
+        return bool(self.flags_of(pfn) & (KPF_SWAPBACKED | KPF_HUGE))
 
     def mapcounts(self, first: int, number: int) -> memoryview:
         """How often the machine maps each of these frames (/proc/kpagecount, pagemap.rst)."""
@@ -547,6 +621,64 @@ def cgroup_members(machine: Machine, path: str) -> set[int]:
     return pids
 
 
+# ---- Files that are memory ----------------------------------------------------------------------
+
+
+class Memory:
+    """Which files are memory: of tmpfs and hugetlbfs, with a name or without."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.devices: set[bytes] | None = None  # of the kernel's own mounts, once asked for
+        self.mounts: dict[
+            bytes, dict[bytes, bytes]
+        ] = {}  # of each mount namespace: memory_mounts()
+
+    def mounts_of(self, process: str) -> dict[bytes, bytes]:
+        """Those of a process, by the path of its directory in /proc."""
+        namespace = self.machine.link(f"{process}/ns/mnt")
+        if namespace not in self.mounts:
+            self.mounts[namespace] = memory_mounts(self.machine.read(f"{process}/mountinfo"))
+        return self.mounts[namespace]
+
+    def is_memory(self, device: bytes, process: str) -> bool:
+        """Whether this is a device of memory, mounted by the kernel or where the process lives."""
+        if self.devices is None:
+            self.devices = self.machine.memory_devices()
+        if device in self.devices:
+            return True
+        with contextlib.suppress(OSError):
+            return device in self.mounts_of(process).values()
+        return False
+
+    def open_files(self, process: str) -> dict[bytes, str]:
+        """Files of memory without a name that a process has open, and a link to each.
+
+        Only links are read, until the mount tells that a look at the file waits for nothing.
+        """
+        found = {}
+        for fd in self.machine.names(f"{process}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                link = f"{process}/fd/{fd}"
+                name = self.machine.link(link)
+                if is_unnamed(name) and self._is_on_memory(name, process, fd):
+                    stat = self.machine.stat_memory(link)
+                    if S_ISREG(stat.st_mode):
+                        found[key_of(stat)] = link
+        return found
+
+    def _is_on_memory(self, name: bytes, process: str, fd: str) -> bool:
+        fdinfo = self.machine.read(f"{process}/fdinfo/{fd}")
+        mount = fdinfo.partition(b"mnt_id:")[2].split()[0]
+        device = self.mounts_of(process).get(mount)  # None: the kernel's own mount
+        return bool(device) or (device is None and name.startswith(b"/memfd:"))
+
+
+def key_of(stat: os.stat_result) -> bytes:
+    """Device and inode, as in Vma."""
+    return b"%s %d" % (device_of(os.major(stat.st_dev), os.minor(stat.st_dev)), stat.st_ino)
+
+
 # ---- Reading a process --------------------------------------------------------------------------
 
 SPAN = 1 << 13  # pages read at a time; what is larger is searched for what is resident
@@ -562,6 +694,8 @@ class Process:
         self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
         self.parts: dict[int, list[Part]] = defaultdict(list)  # by kind, what others may have
+        self.files: Files = {}
+        self.opened: dict[bytes, str] = {}  # files of memory that it has open, with their links
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
         self.shares_mm_with = NOBODY  # the last row before that shares the address space
 
@@ -588,7 +722,8 @@ class Process:
             self.parts[FILE_PAGE].append(Part(vma.file, page + vma.shift, entries, chosen))
         for kind in (ANON_OR_DEVICE, IN_SWAP):
             if kind in kinds:
-                part = Part(None, page, entries, kinds.translate(EQUALS[kind]))
+                chosen = kinds.translate(EQUALS[kind])
+                part = Part(None, page, entries, chosen, by_mapcount=kind == ANON_OR_DEVICE)
                 copies = kind == ANON_OR_DEVICE and vma.file
                 self.parts[COPY_OR_DEVICE if copies else kind].append(part)
 
@@ -597,10 +732,15 @@ class Reader:
     """Reads processes one by one, in the order of their rows."""
 
     def __init__(
-        self, machine: Machine, kernel: Kernel | None, columns: set[str], progress: Progress
+        self,
+        machine: Machine,
+        kernel: Kernel | None,
+        columns: set[str],
+        memory: Memory,
+        progress: Progress,
     ) -> None:
-        self.machine, self.kernel, self.progress = machine, kernel, progress
-        self.columns = columns
+        self.machine, self.kernel, self.columns = machine, kernel, columns
+        self.memory, self.progress = memory, progress
         self.witnesses: dict[Pair, tuple[int, str]] = {}  # last row that has it, its pagemap's path
 
     def read(self, row: int, node: Node) -> Process | None:
@@ -642,6 +782,10 @@ class Reader:
                 process.cells.update(sizes_of(STATUS, status))
             if self.kernel and mm_files is not None:
                 self._read_pages(self.kernel, process, mm_files, directory)
+                if {"tree", "freed"} & columns:
+                    process.opened = self.memory.open_files(
+                        f"{directory.path}/{mm_files}".rstrip("/")
+                    )
             if not parse_stat(machine.read("stat", directory)).same_image(stat):
                 raise ProcessLookupError
         if process.witness:  # not earlier: read again, it would share its mm with itself
@@ -653,7 +797,10 @@ class Reader:
     ) -> None:
         machine, size = self.machine, max(SPAN, kernel.pmd_pages)
         with machine.opened(f"{mm_files}pagemap", directory) as pagemap:
-            areas, vmas = layout_of(machine.read(f"{mm_files}maps", directory), machine.page_size)
+            maps, ipc = machine.read(f"{mm_files}maps", directory), b""
+            if SYSTEM_V in maps:
+                ipc = machine.link(f"{directory.path}/{mm_files}ns/ipc")
+            areas, vmas, process.files = layout_of(maps, machine.page_size, ipc)
             for start, end in areas:
                 while start < end:
                     if end - start > size:
@@ -694,7 +841,7 @@ def mm_files_of(machine: Machine, pid: int, stat: Stat) -> str | None:
     if stat.state not in ENDED:
         return ""
     if stat.threads > 1:
-        for tid in os.listdir(f"{machine.proc}/{pid}/task"):
+        for tid in machine.names(f"{machine.proc}/{pid}/task"):
             thread = machine.stat(pid, f"task/{tid}/")
             if thread and thread.state not in ENDED:
                 return f"task/{tid}/"
@@ -832,7 +979,7 @@ class Visit:
         # Else they were counted already, with another row of the same mm.
         self.counts_mappings = shares_mm_with == NOBODY
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
-        self.astray: list[int] = []  # PFNs that it has away from their Blocks
+        self.astray: list[tuple[int, bool]] = []  # PFNs away from their Blocks, and by_mapcount
 
 
 class Block:
@@ -870,9 +1017,9 @@ class Block:
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.first[row] = self.first.get(row, 0) | lanes
 
-    def see(self, visit: Visit, lanes: int) -> None:
+    def see(self, visit: Visit, lanes: int, by_mapcount: bool) -> None:
         """The visited row has the frames in these lanes."""
-        if visit.counts_mappings:
+        if visit.counts_mappings and by_mapcount:
             if self.additions % MAX_SUM == 0:
                 self.mapped.append(0)
             self.additions += 1
@@ -935,6 +1082,8 @@ class Ledger:
         self.singles = defaultdict(lambda: array.array("i", bytes(12 * SINGLES)))
         # An address space, by the last row that shares it: the first, and its private frames.
         self.spaces: dict[int, Pair] = {}
+        self.frames_of: dict[bytes | None, int] = defaultdict(int)  # distinct ones of each file
+        self.by_mapcount = False  # whether any of its parts is freed page by page
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         rows = len(tree.parents)
         self.own, self.new, self.of_tree, self.freed = ([0] * rows for _ in range(4))
@@ -945,13 +1094,19 @@ class Ledger:
         """Count a row's parts, and so many frames that only its address space has."""
         if private:
             self._count_private(visit, private)
+            self.by_mapcount = True
         for part in parts:
+            before = visit.seen[NOBODY]
             self._count_part(visit, part)
+            self.frames_of[part.file] += visit.seen[NOBODY] - before
+            self.by_mapcount |= part.by_mapcount
         if visit.astray:
-            for mark in {self.marks[pfn] for pfn in visit.astray} - {SINGLE}:
+            for mark in {self.marks[pfn] for pfn, _ in visit.astray} - {SINGLE}:
                 for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
                     self._dissolve(place)
-            self._count_singly(visit, [*visit.astray])
+            for by_mapcount in (False, True):
+                pfns = [pfn for pfn, asked in visit.astray if asked == by_mapcount]
+                self._count_singly(visit, pfns, by_mapcount)
         self.own[visit.row] = self.of_tree[visit.row] = sum(visit.seen.values())
         self.new[visit.row] = visit.seen.pop(NOBODY, 0)
         for other, number in visit.seen.items():
@@ -973,7 +1128,8 @@ class Ledger:
             stop = low - lane + LANES
             high = part.chosen.rfind(YES, low, stop) + 1
             entries, chosen = part.entries[low * WORD : high * WORD], part.chosen[low:high]
-            piece, place = Part(part.file, part.page + low, entries, chosen), (part.file, group)
+            piece = Part(part.file, part.page + low, entries, chosen, part.by_mapcount)
+            place = part.file, group
             block = self.blocks.get(place)
             if not block and chosen.count(YES) > FEW and place not in self.dissolved:
                 block = self._new_block(place)
@@ -982,7 +1138,8 @@ class Ledger:
                 if max(len(block.first), len(block.last)) > MAX_ROWS:
                     self._dissolve(place)
             if chosen:
-                self._count_singly(visit, self._pfns(piece._replace(chosen=chosen)))
+                pfns = self._pfns(piece._replace(chosen=chosen))
+                self._count_singly(visit, pfns, part.by_mapcount)
             low = part.chosen.find(YES, stop)
 
     def _new_block(self, place: Place) -> Block:
@@ -1010,7 +1167,7 @@ class Ledger:
                 block.enter(visit.row, planes, entered)
                 here |= entered
         if here:
-            block.see(visit, here)
+            block.see(visit, here, part.by_mapcount)
         return as_bytes((lanes ^ here) >> up)
 
     def _pfns(self, part: Part) -> list[int]:
@@ -1020,14 +1177,14 @@ class Ledger:
             self.marks.resize(max(pfns) + MARKS_GROWTH)
         return pfns
 
-    def _count_singly(self, visit: Visit, pfns: list[int]) -> None:
+    def _count_singly(self, visit: Visit, pfns: list[int], by_mapcount: bool) -> None:
         """Count frames one by one; what is in a Block is astray."""
         row, seen, marks, singles = visit.row, visit.seen, self.marks, self.singles
-        mappings = int(visit.counts_mappings)
+        mappings = int(visit.counts_mappings and by_mapcount)
         for pfn in pfns:
             mark = marks[pfn]
             if mark > SINGLE:
-                visit.astray.append(pfn)
+                visit.astray.append((pfn, by_mapcount))
             elif mark != UNREAL:
                 records, at = singles[pfn // SINGLES], pfn % SINGLES * 3
                 if mark != SINGLE:
@@ -1065,12 +1222,12 @@ class Ledger:
 
     def add_up(self, mapcounts: memoryview | None) -> None:
         """All rows are counted: sum over subtrees; `freed` only with mapcounts."""
-        if mapcounts:
+        if mapcounts and self.by_mapcount:
             for first, last, number in self._freed(mapcounts):
                 self.freed[self.tree.common_ancestor(first, last)] += number
         self.tree.add_up(self.of_tree)
         self.tree.add_up(self.freed)
-        self.own[0], self.new[0] = self.of_tree[0], sum(self.new)
+        self.own[0] = self.new[0] = sum(self.new)
 
     def _freed(self, mapcounts: memoryview) -> Iterator[tuple[int, int, int]]:
         """First row, last row, and how many of their frames nobody outside of the set maps."""
@@ -1078,6 +1235,8 @@ class Ledger:
             yield first, last, private
         # The mapcount of such frames is what the set maps, or less if a process ended meanwhile.
         for block in self.blocks.values():
+            if not block.mapped:
+                continue
             alone = block.mapped_by_nobody_else(mapcounts)
             for first, last, lanes in block.by_rows():
                 yield first, last, how_many(lanes & alone)
@@ -1089,23 +1248,199 @@ class Ledger:
                     yield first, last, 1
 
 
+# Sorts of files.  FREED_BY_PAGE: drivers', and deleted ones on disk.
+SHARED_MEMORY, KEPT_IN_CACHE, FREED_BY_PAGE = 1, 2, 3
+
+
+class MemoryObject:
+    """Memory that is an inode's without a name: memfd, shared anonymous, System V, unlinked file.
+
+    All of it is freed at once, when nobody maps the inode any more, or has it open.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.is_system_v = key.count(b" ") == 2
+        self.rows: list[int] = []  # of those that hold it
+        self.links: dict[str, Vma | None] = {}  # in /proc, that lead to it; of a VMA, or opened
+        self.attached = 0  # by how many VMAs of the set's address spaces
+        self.sample: Pair | None = None  # a page of it, and the PFN
+        self.sample_mappings = 0  # how often the set maps that page
+
+
+class Objects:
+    """The memory objects that processes of the set hold, and whether others hold them, too."""
+
+    def __init__(self, machine: Machine, kernel: Kernel, memory: Memory) -> None:
+        self.machine, self.kernel, self.memory = machine, kernel, memory
+        self.found: dict[bytes, MemoryObject] = {}
+        self.refused = ""  # why a file could not be looked at
+
+    def add(self, process: Process, sorts: dict[bytes | None, int]) -> None:
+        """Take in what a process maps and has open; the sorts of files, as far as known."""
+        directory = f"{self.machine.proc}/{process.pid}"
+        for key, vmas in process.files.items():
+            device, _, _ = key.partition(b" ")
+            if is_unnamed(vmas[0].name) and (
+                sorts.get(key) == SHARED_MEMORY or self.memory.is_memory(device, directory)
+            ):
+                found = self._held(key, process)
+                found.attached += len(vmas) * (process.shares_mm_with == NOBODY)
+                size = self.machine.page_size
+                vma = max(vmas, key=lambda vma: vma.end - vma.start)
+                found.links[f"{directory}/map_files/{vma.start * size:x}-{vma.end * size:x}"] = vma
+        for key, link in process.opened.items():
+            self._held(key, process).links[link] = None
+        for part in process.parts[FILE_PAGE] if self.found else []:
+            if part.file in self.found and process.shares_mm_with == NOBODY:
+                self._count_sample(self.found[part.file], part)
+
+    def _held(self, key: bytes, process: Process) -> MemoryObject:
+        held = self.found.setdefault(key, MemoryObject(key))
+        held.rows.append(process.row)
+        return held
+
+    def _count_sample(self, held: MemoryObject, part: Part) -> None:
+        if not held.sample:
+            at = part.chosen.find(YES)
+            held.sample = part.page + at, pfns_of(part.entries[at * WORD :][:WORD])[0]
+        page, pfn = held.sample
+        at = page - part.page
+        if 0 <= at < len(part.chosen) and part.chosen[at]:
+            held.sample_mappings += pfns_of(part.entries[at * WORD :][:WORD]) == [pfn]
+
+    def alone(self, nodes: list[Node]) -> Iterator[tuple[MemoryObject, int]]:
+        """Those that only the set holds, and how much memory they have, in bytes."""
+        sizes = {key: self._size(held) for key, held in self.found.items()}
+        asked = {key: held for key, held in self.found.items() if sizes[key]}
+        own = self.machine.link(f"{self.machine.proc}/self/ns/ipc") if asked else b""
+        for key, held in [*asked.items()]:
+            if self._is_mapped_outside(held) or (held.is_system_v and self._is_kept(held, own)):
+                del asked[key]
+            elif held.is_system_v and not key.endswith(own):
+                held.rows += [
+                    row for row, node in enumerate(nodes, 1) if self._lives_in(node.pid, key)
+                ]
+        unsure = {key for key in asked if not key.endswith(own) or not asked[key].is_system_v}
+        if unsure:
+            unsure -= self._held_outside(unsure, {node.pid for node in nodes})
+            asked = {key: asked[key] for key in asked if key in unsure or key.endswith(own)}
+        for key, held in asked.items():
+            yield held, sizes[key]
+
+    def _size(self, held: MemoryObject) -> int:
+        """Its memory in bytes, in page tables or not; 0 if it is gone, or has a name."""
+        for link, vma in held.links.items():
+            try:
+                stat = self.machine.stat_memory(link)
+            except PermissionError as error:
+                self.refused = f"{link}: {error.strerror} (needs CAP_SYS_ADMIN)"
+            except OSError:
+                pass  # its holder ended, or unmapped it
+            else:
+                named = stat.st_nlink and not held.is_system_v
+                return 0 if named else max(0, stat.st_blocks * 512 - self._swapped(link, vma, stat))
+        return 0
+
+    def _swapped(self, link: str, vma: Vma | None, stat: os.stat_result) -> int:
+        """How much of it is swapped out, in bytes, where a VMA has all of it."""
+        with contextlib.suppress(OSError):
+            if vma and self.machine.read(f"{self.machine.proc}/swaps").count(b"\n") > 1:
+                process, _, bounds = link.partition("/map_files/")
+                smaps = self.machine.read(f"{process}/smaps")
+                whole = vma.start + vma.shift == 0
+                if whole and (vma.end - vma.start) * self.machine.page_size >= stat.st_size:
+                    at = re.search(rb"^0*%s " % bounds.replace("-", "-0*").encode(), smaps, re.M)
+                    text = smaps[at.start() :].partition(b"\nSwap:")[2] if at else b""
+                    return int(text.split(None, 1)[0]) * 1024 if text else 0
+        return 0
+
+    def _is_mapped_outside(self, held: MemoryObject) -> bool:
+        """Whether a page of it is mapped more often than the set maps it: a cheap question."""
+        if not held.sample:
+            return False
+        _, pfn = held.sample
+        if self.kernel.flags_of(pfn) & (KPF_COMPOUND_HEAD | KPF_COMPOUND_TAIL):
+            return False  # of which some kernels tell averages
+        return self.kernel.mapcounts(pfn, 1)[0] > held.sample_mappings
+
+    def _is_kept(self, held: MemoryObject, own: bytes) -> bool:
+        """Whether a System V segment stays by its ID, or is attached by an outsider."""
+        with contextlib.suppress(OSError):
+            if held.key.endswith(own):
+                forced = self.machine.read(f"{self.machine.proc}/sys/kernel/shm_rmid_forced")
+                table = self.machine.read(f"{self.machine.proc}/sysvipc/shm")
+                for line in table.splitlines()[1:]:
+                    fields = line.split()
+                    if fields[1] == held.key.split()[1]:
+                        kept = not int(fields[2], 8) & SHM_DEST and forced.strip() == b"0"
+                        return kept or int(fields[6]) > held.attached
+        return False
+
+    def _lives_in(self, pid: int, key: bytes) -> bool:
+        with contextlib.suppress(OSError):
+            return key.endswith(self.machine.link(f"{self.machine.proc}/{pid}/ns/ipc"))
+        return False
+
+    def _held_outside(self, keys: set[bytes], members: set[int]) -> set[bytes]:
+        """Which of these objects any other process maps or has open."""
+        held: set[bytes] = set()
+        for pid in {*self.machine.pids()} - members - {self.machine.own_pid()}:
+            with contextlib.suppress(OSError, psutil.Error):
+                held |= self._held_by(pid, keys - held)
+            if held == keys:
+                break
+        return held
+
+    def _held_by(self, pid: int, keys: set[bytes]) -> set[bytes]:
+        machine, process = self.machine, f"{self.machine.proc}/{pid}"
+        maps = machine.read(f"{process}/maps")
+        if not maps:  # a kernel thread, a zombie, or one whose first thread has ended
+            stat = machine.stat(pid)
+            mm_files = mm_files_of(machine, pid, stat) if stat else None
+            if not mm_files:
+                return set()
+            process = f"{process}/{mm_files.rstrip('/')}"
+            maps = machine.read(f"{process}/maps")
+        system_v = {key for key in keys if key.count(b" ") == 2}
+        held = {key for key in system_v if self._lives_in(pid, key)}
+        # Numbers of System V's inodes are those of others, too.
+        files = {line[3] for line in MAPPING.findall(maps) if is_plain(line[4])}
+        held |= (keys - system_v) & files
+        if keys - system_v - held:
+            held |= keys & self.memory.open_files(process).keys()
+        return held
+
+
+def is_plain(name: bytes) -> bool:
+    """Whether a mapping is of a file, and not of System V."""
+    return not name.startswith(SYSTEM_V)
+
+
 class Census:
     """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
 
-    def __init__(self, kernel: Kernel, page_size: int, nodes: list[Node]) -> None:
-        self.kernel, self.page_size = kernel, page_size
+    def __init__(self, machine: Machine, kernel: Kernel, memory: Memory, nodes: list[Node]) -> None:
+        self.machine, self.kernel, self.nodes = machine, kernel, nodes
         self.tree = Tree([0, *(node.parent for node in nodes)])
-        # A frame can be freed, and used anew as the other sort, meanwhile: each has its own marks.
-        self.anon = Ledger(self.tree, kernel.zero_pages)
-        self.file = Ledger(self.tree, kernel.zero_pages)
+        # A frame can be freed, and used anew as another sort, meanwhile: each has its own marks.
+        self.anon, self.shmem, self.file = (Ledger(self.tree, kernel.zero_pages) for _ in range(3))
         self.slots: dict[int, Ledger] = {}  # by swap type
+        self.sorts: dict[bytes | None, int] = {}  # by file
+        self.objects = Objects(machine, kernel, memory)
 
     def count(self, process: Process) -> None:
         """Count what a process has, and keep none of its parts."""
         whose, parts = (process.row, process.shares_mm_with), process.parts
         anon = chain(parts[ANON_OR_DEVICE], self._without_devices(parts[COPY_OR_DEVICE]))
         self.anon.count(Visit(*whose), anon, process.private)
-        self.file.count(Visit(*whose), parts[FILE_PAGE])
+        by_sort: dict[int, list[Part]] = defaultdict(list)
+        for part in parts[FILE_PAGE]:
+            by_sort[self.sorts.get(part.file) or self._sort_of(process, part)].append(part)
+        self.shmem.count(Visit(*whose), by_sort[SHARED_MEMORY])
+        freed = (part._replace(by_mapcount=True) for part in by_sort[FREED_BY_PAGE])
+        self.file.count(Visit(*whose), chain(by_sort[KEPT_IN_CACHE], freed))
+        self.objects.add(process, self.sorts)
         by_type = defaultdict(list)
         for swap_type, slots in chain.from_iterable(map(slots_of, parts[IN_SWAP])):
             by_type[swap_type].append(slots)
@@ -1114,6 +1449,19 @@ class Census:
                 self.slots[swap_type] = Ledger(self.tree)
             self.slots[swap_type].count(Visit(*whose), of_type)
         parts.clear()  # before those of the next one are read
+
+    def _sort_of(self, process: Process, part: Part) -> int:
+        """The sort of a file, as one of its frames tells and the name that it is first met by."""
+        sort, at = KEPT_IN_CACHE, part.chosen.find(YES)
+        pfn = pfns_of(part.entries[at * WORD :][:WORD])[0]
+        if self.kernel.is_shared_memory(pfn):
+            sort = SHARED_MEMORY
+        elif part.file and b" " in part.file:  # it has an inode: it is not [vdso] and such
+            name = process.files[part.file][0].name
+            if is_unnamed(name) or not name.startswith(b"/") or name.startswith(b"/dev/"):
+                sort = FREED_BY_PAGE
+        self.sorts[part.file] = sort
+        return sort
 
     def _without_devices(self, parts: list[Part]) -> Iterator[Part]:
         """In a file's VMA, what seems anonymous is a driver's memory, or copies of the file."""
@@ -1127,26 +1475,32 @@ class Census:
             if any(chosen):
                 yield part._replace(chosen=bytes(chosen))
 
-    def add_up(self, with_freed: bool) -> None:
+    def add_up(self, columns: set[str]) -> None:
         """All rows are counted.  FREED also takes how often the whole machine maps each frame."""
-        mapcounts = mapcounts_of(self.kernel, self.anon, self.file) if with_freed else None
-        self.anon.add_up(mapcounts)
-        self.file.add_up(mapcounts)
-        for slots in self.slots.values():
-            slots.add_up(None)
+        if {"tree", "freed"} & columns:
+            for held, size in self.objects.alone(self.nodes):
+                row = self.tree.common_ancestor(min(held.rows), max(held.rows))
+                pages = size // self.machine.page_size
+                self.shmem.freed[row] += pages
+                self.shmem.of_tree[row] += max(0, pages - self.shmem.frames_of[held.key])
+        asked = [ledger for ledger in (self.anon, self.file) if ledger.by_mapcount]
+        mapcounts = mapcounts_of(self.kernel, asked) if asked and "freed" in columns else None
+        for ledger in (self.anon, self.shmem, self.file, *self.slots.values()):
+            ledger.add_up(mapcounts)
 
     def figures(self, row: int) -> Cells:
         """What was counted of a row; after add_up()."""
-        anon, file, page = self.anon, self.file, self.page_size
-        frames = anon.own[row] + file.own[row]
+        sorts, page = (self.anon, self.shmem, self.file), self.machine.page_size
+        frames = sum(ledger.own[row] for ledger in sorts)
         return {
             "frames": frames,
-            "unique": anon.new[row] + file.new[row],
+            "unique": sum(ledger.new[row] for ledger in sorts),
             "size": frames * page,
-            "tree": (anon.of_tree[row] + file.of_tree[row]) * page,
-            "freed": (anon.freed[row] + file.freed[row]) * page,
-            "anon": anon.own[row] * page,
-            "file": file.own[row] * page,
+            "tree": sum(ledger.of_tree[row] for ledger in sorts) * page,
+            "freed": sum(ledger.freed[row] for ledger in sorts) * page,
+            "anon": self.anon.own[row] * page,
+            "shmem": self.shmem.own[row] * page,
+            "file": self.file.own[row] * page,
             "swap": sum(slots.own[row] for slots in self.slots.values()) * page,
         }
 
@@ -1164,21 +1518,13 @@ def slots_of(part: Part) -> Iterator[tuple[int, Part]]:
         yield swap_type, part._replace(entries=offsets, chosen=as_bytes(of_type))
 
 
-def mapcounts_of(kernel: Kernel, *ledgers: Ledger) -> memoryview:
-    """By PFN, how often processes other than memuse map the frame."""
+def mapcounts_of(kernel: Kernel, ledgers: list[Ledger]) -> memoryview:
+    """By PFN, how often the whole machine maps the frame."""
     highest = max(len(ledger.marks) for ledger in ledgers)
     mapcounts = memoryview(lazy_bytes(4 * highest)).cast("I")
-    own = Counter(kernel.own_pfns(FILE_PAGE))
-    for _ in range(3):  # again if memuse came to map more: code, when it first runs
-        for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
-            counts = kernel.mapcounts(first, number)
-            mapcounts[first : first + len(counts)] = counts
-        before, own = own, Counter(kernel.own_pfns(FILE_PAGE))
-        if own == before:
-            break
-    for pfn, times in own.items():
-        if pfn < highest:
-            mapcounts[pfn] = max(0, mapcounts[pfn] - times)
+    for first, number in chain.from_iterable(ledger.marked_runs() for ledger in ledgers):
+        counts = kernel.mapcounts(first, number)
+        mapcounts[first : first + len(counts)] = counts
     return mapcounts
 
 
@@ -1195,17 +1541,17 @@ class Result(NamedTuple):
 
 def survey(
     machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]
-) -> list[Result]:
+) -> tuple[list[Result], str]:
     """Read and count these processes as one set; without a kernel, no frames.
 
-    Returns a result for each that has not exited, and TOTAL's.
+    Returns a result for each that has not exited, and TOTAL's; and what was refused, or "".
     """
     figures = KernelFigures(machine, nodes) if columns_from(ROLLUP) & columns else None
     if figures:
         figures.start()
-    census = Census(kernel, machine.page_size, nodes) if kernel else None
-    progress = Progress(len(nodes))
-    reader = Reader(machine, kernel, columns, progress)
+    memory, progress = Memory(machine), Progress(len(nodes))
+    census = Census(machine, kernel, memory, nodes) if kernel else None
+    reader = Reader(machine, kernel, columns, memory, progress)
     processes, depths = [], [-1]
     for row, node in enumerate(nodes, 1):
         process = reader.read(row, node)
@@ -1215,10 +1561,11 @@ def survey(
             if census and not process.unread:
                 census.count(process)
     if census:
-        census.add_up("freed" in columns)
+        census.add_up(columns)
     results = [merged(process, depths[process.row], census, figures) for process in processes]
     progress.erase()
-    return [*results, total(results, census, columns)]
+    refused = census.objects.refused if census else ""
+    return [*results, total(results, census, columns)], refused
 
 
 def merged(
@@ -1513,11 +1860,12 @@ def run(machine: Machine, argv: list[str]) -> int:
             kernel = Kernel(machine, files) if nodes and from_frames else None
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
-        results = survey(machine, kernel, {*columns}, nodes)
+        results, refused = survey(machine, kernel, {*columns}, nodes)
 
     found, shown = {node.pid for node in nodes}, {result.cells["pid"] for result in results[:-1]}
     failures = [why_missing(machine, pid) for pid in roots if pid not in found]
     exited = found - shown
+    failures += [refused] if refused else []
     failures += [f"process {pid} exited while it was being read" for pid in roots if pid in exited]
     skipped = {result.cells["pid"]: result.unread for result in results if result.unread}
     for why in dict.fromkeys(skipped.values()):
@@ -1539,8 +1887,9 @@ def run(machine: Machine, argv: list[str]) -> int:
 def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
     """Exit status: 0 done, 1 failed or incomplete, 2 wrong usage, 130 interrupted."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
-        # At once: an exception could be lost in a destructor, or tell its traceback at exit.
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        # By its default action, which also ends a wait for a stuck process's lock; a handler would
+        # not, and an exception could be lost in a destructor, or tell its traceback at exit.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         if sys.stdout is None:
             raise Error("standard output is closed")

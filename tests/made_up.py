@@ -116,7 +116,7 @@ class MadeUp(memuse.Machine):
         """A process below another, by its PID; its fate may be to be "torn", or to "vanish"."""
         pid = FIRST_PID + len(self.memories)
         directory = self.root / str(pid)
-        directory.mkdir()
+        (directory / "fd").mkdir(parents=True)
         self._write_stat(pid, parent or 1)
         self.mine: set[int] = set()  # huge pages that it has as such
         self.parts: set[int] = set()  # those of which it has some pages, as others may
@@ -147,7 +147,7 @@ class MadeUp(memuse.Machine):
     def add_twin(self, pid: int, parent: int) -> int:
         """A process that shares another's address space."""
         twin = FIRST_PID + len(self.memories)
-        (self.root / str(twin)).mkdir()
+        (self.root / str(twin) / "fd").mkdir(parents=True)
         self._write_stat(twin, parent)
         for name in ("maps", "pagemap"):
             (self.root / str(twin) / name).symlink_to(f"../{pid}/{name}")

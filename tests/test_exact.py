@@ -32,7 +32,7 @@ from reference import PAGE
 pytestmark = [needs_root, pytest.mark.usefixtures("few_are_wrong")]
 Build = Callable[..., int]
 
-COUNTED = "pid,frames,unique,size,tree,freed,anon,file,swap"
+COUNTED = "pid,frames,unique,size,tree,freed,anon,shmem,file,swap"
 
 
 def compare(*roots: int, about: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("few_are_wrong")
 # Page size in KiB, and pages in a PMD-mapped huge page: x86-64, s390x, arm64 with 16 and with
 # 64 KiB, ppc64el (radix), and a kernel without huge pages.
 MACHINES = [(4, 512), (4, 256), (16, 2048), (64, 8192), (64, 32), (4, 0)]
-COUNTED = "pid,frames,unique,size,tree,freed,anon,file,swap"
+COUNTED = "pid,frames,unique,size,tree,freed,anon,shmem,file,swap"
 
 
 def depth_first(machine: MadeUp) -> list[int]:

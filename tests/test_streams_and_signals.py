@@ -162,19 +162,19 @@ MOMENTS += ["after:/proc/PID/smaps_rollup", "words:/proc/kpagecount"]
 def test_interrupted_in_every_phase(moment: str, form: list[str], forked: int) -> None:
     event = moment.replace("PID", str(forked))
     result = simulated(f"Interrupted 1 {event}", *form, forked)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 9, 17, 33])
 def test_interrupted_by_the_nth_file(number: int, forked: int) -> None:
     result = simulated(f"Interrupted {number} before:.*", forked)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_interrupted_from_outside(forked: int) -> None:
     stops = f"1 words:/proc/{forked}/pagemap"
     result = meanwhile(lambda pid: os.kill(pid, signal.SIGINT), stops, forked)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_interrupted_while_progress_is_shown(forked: int) -> None:
@@ -183,7 +183,7 @@ def test_interrupted_while_progress_is_shown(forked: int) -> None:
         return simulated(machine, forked, capture_output=False, stdout=subprocess.PIPE, **streams)
 
     result, shown = on_terminal("stderr", 80, run)
-    assert (result.returncode, result.stdout) == (130, "")
+    assert (result.returncode, result.stdout) == (-signal.SIGINT, "")
     assert re.fullmatch(r"(\r\d of 4 processes, \d+ pages\x1b\[K)+(\r\x1b\[K)?", shown)
 
 
