@@ -1,28 +1,41 @@
 """A slow and obvious count to compare memuse with: entry by entry, VMA by VMA.
 
 It shares no code and no shortcut with memuse: every entry of every VMA is decoded,
-every frame is looked up in /proc/kpageflags, all numbers are kept in sets.
+every frame is looked up in /proc/kpageflags, every mapping and every descriptor of every
+process of the machine is asked for its inode, all numbers are kept in sets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
+import stat
 import struct
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-ANON, NOPAGE, THP, ZERO_PAGE = 12, 20, 22, 24
+ANON, SWAPBACKED, HUGETLB, NOPAGE, THP, ZERO_PAGE = 12, 14, 17, 20, 22, 24
 KCMP = {"x86_64": 312, "s390x": 343, "ppc64le": 354}.get(os.uname().machine, 272)
-VMA = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) .{4} .*?(\[.*\])?\n(?:(?!VmFlags).*\n)*VmFlags:(.*)", re.M
-)
+# In maps and smaps: the range, the device, and the name of a mapping.
+LINE = rb"^([0-9a-f]+-[0-9a-f]+) .{4} [0-9a-f]+ ([0-9a-f]+:[0-9a-f]+) \d+ *(.*)\n"
+MAPPING = re.compile(LINE, re.M)
+VMA = re.compile(LINE + rb"(?:(?!VmFlags).*\n)*VmFlags:(.*)", re.M)
+MEMORY_FILE_SYSTEMS = {0x01021994, 0x958458F6}  # tmpfs, of which devtmpfs is one, and hugetlbfs
+CACHESTAT = 451
+SHM_DEST = 0o1000  # in the mode of a System V segment that was removed while it was attached
+KERNEL = 0  # the holder of what is kept though no process has it
 libc = ctypes.CDLL(None)
+
+
+# The device and inode of a memory object, and the IPC namespace of a System V segment.
+Key = tuple[int, int, str]
 
 
 @dataclass
@@ -31,7 +44,10 @@ class Memory:
 
     parent: int = 0
     anon: set[int] = field(default_factory=set)
-    file: set[int] = field(default_factory=set)
+    file: set[int] = field(default_factory=set)  # all others
+    shmem: set[int] = field(default_factory=set)  # those of them that are shared memory
+    loose: set[int] = field(default_factory=set)  # of drivers, sockets and deleted files on disk
+    objects: dict[Key, set[int]] = field(default_factory=dict)  # what it maps of each
     slots: set[int] = field(default_factory=set)
     mappings: list[int] = field(default_factory=list)
 
@@ -40,25 +56,33 @@ class Memory:
         return self.anon | self.file
 
 
+@dataclass
+class Object:
+    """Memory that is an inode's without a name, in page tables or not."""
+
+    pages: int
+    holders: set[int] = field(default_factory=set)
+
+
 # ---- Reading --------------------------------------------------------------------
 
 
 def living(pid: int) -> str:
-    """Where a thread of the process is that has not ended."""
+    """Where a thread of the process is that has not ended: each has a directory in /proc."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         if "\nState:\tZ" not in (task / "status").read_text():
-            return str(task)
+            return f"/proc/{task.name}"
     return f"/proc/{pid}"
 
 
-def vmas_of(path: str) -> list[tuple[int, int]]:
-    """Its VMAs in pages, but those of devices, whose memory is not the machine's."""
+def vmas_of(path: str) -> list[tuple[bytes, bytes, bytes]]:
+    """Ranges, devices and names of its VMAs, but those of drivers' memory that is no RAM."""
     vmas = []
-    for low, high, name, flags in VMA.findall(Path(f"{path}/smaps").read_bytes()):
+    for bounds, device, name, flags in VMA.findall(Path(f"{path}/smaps").read_bytes()):
         # [vvar] is pf; since Linux 7 it is io and mm, of pages that the kernel counts as its own.
         some = set(flags.split())
         if name != b"[vsyscall]" and b"pf" not in some and (b"io" not in some or b"mm" in some):
-            vmas.append((int(low, 16) // PAGE, int(high, 16) // PAGE))
+            vmas.append((bounds, device, name))
     return vmas
 
 
@@ -75,14 +99,18 @@ class Memories:
         self.kinds: dict[int, int] = {}  # flags of /proc/kpageflags by PFN
 
     def read(self, pid: int) -> Memory:
-        stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        memory = Memory(parent=int(stat[1]))
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        memory = Memory(parent=int(fields[1]))
         path = living(pid)
         vmas = vmas_of(path)
         if not vmas:  # a zombie, which has no pagemap
             return memory
         with open(f"{path}/pagemap", "rb", buffering=0) as pagemap:
-            for start, end in vmas:
+            for bounds, device, name in vmas:
+                file = mapped_file(path, bounds, device)
+                key = key_of(path, file, name) if file else None
+                of_mapping = Memory()
+                start, end = (int(bound, 16) // PAGE for bound in bounds.split(b"-"))
                 pagemap.seek(start * 8)
                 while start < end:
                     entries = pagemap.read(min(end - start, 1 << 11) * 8)
@@ -90,7 +118,16 @@ class Memories:
                         break
                     start += len(entries) // 8
                     if entries.strip(b"\0"):
-                        self.decode(entries, memory)
+                        self.decode(entries, of_mapping)
+                memory.anon |= of_mapping.anon
+                memory.file |= of_mapping.file
+                memory.shmem |= of_mapping.shmem
+                memory.slots |= of_mapping.slots
+                memory.mappings += of_mapping.mappings
+                if key:
+                    memory.objects.setdefault(key, set()).update(of_mapping.file)
+                elif file and is_loose(file, name):
+                    memory.loose |= of_mapping.file - of_mapping.shmem
         return memory
 
     def decode(self, entries: bytes, memory: Memory) -> None:
@@ -104,6 +141,8 @@ class Memories:
                     # Of huge pages that PMDs map, older kernels do not tell it in the entry.
                     of_file = entry >> 61 & 1 or (kinds >> THP & 1 and not kinds >> ANON & 1)
                     (memory.file if of_file else memory.anon).add(pfn)
+                    if of_file and (kinds >> SWAPBACKED | kinds >> HUGETLB) & 1:
+                        memory.shmem.add(pfn)
                     memory.mappings.append(pfn)
             elif entry >> 62 and not entry >> 58 & 1 and entry & 31 < 23:
                 memory.slots.add(entry & (1 << 55) - 1)
@@ -135,6 +174,102 @@ def mapcounts(pfns: set[int]) -> dict[int, int]:
         return {pfn: word(kpagecount, pfn) for pfn in pfns}
 
 
+# ---- Memory objects -------------------------------------------------------------
+
+# A path that leads to a file, and what it is: of a mapping or a descriptor.
+File = tuple[str, os.stat_result]
+
+
+def mapped_file(path: str, bounds: bytes, device: bytes) -> Optional[File]:
+    """The file of a mapping; anonymous memory is of no device."""
+    if device == b"00:00":
+        return None
+    low, high = (int(bound, 16) for bound in bounds.split(b"-"))
+    link = f"{path}/map_files/{low:x}-{high:x}"
+    return link, os.stat(link)
+
+
+def key_of(path: str, file: File, name: bytes) -> Optional[Key]:
+    """Which memory object a file is, if it is one, that a process has."""
+    link, status = file
+    if status.st_nlink or not stat.S_ISREG(status.st_mode) or not is_memory(link):
+        return None
+    # The ids of System V segments are their inodes, and begin at 0 in each namespace.
+    namespace = os.readlink(f"{path}/ns/ipc") if name.startswith(b"/SYSV") else ""
+    return status.st_dev, status.st_ino, namespace
+
+
+def is_memory(path: str) -> bool:
+    """Whether its file system keeps all in memory (statfs(2))."""
+    found = ctypes.create_string_buffer(256)
+    if libc.statfs(path.encode(), found):
+        raise OSError(path)
+    kind = ctypes.c_uint32 if os.uname().machine == "s390x" else ctypes.c_ulong
+    return kind.from_buffer(found).value in MEMORY_FILE_SYSTEMS
+
+
+def is_loose(file: File, name: bytes) -> bool:
+    """Whether a file that is no object loses its pages once nobody maps them."""
+    if name.startswith((b"socket:[", b"anon_inode:")) or name.endswith(b" (deleted)"):
+        return True
+    return stat.S_ISCHR(file[1].st_mode) or stat.S_ISBLK(file[1].st_mode)
+
+
+def pages_of(file: File) -> int:
+    """What an object has in memory: its blocks, less those that are swapped out."""
+    link, status = file
+    pages = status.st_blocks * 512 // PAGE
+    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+        with open(link, "rb") as opened:
+            whole, found = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
+            if libc.syscall(CACHESTAT, opened.fileno(), whole, found, 0) == 0:
+                return min(pages, found[0])  # a hugetlbfs has no such count, and no swap
+    return pages
+
+
+def files_of(path: str) -> Iterator[tuple[File, bytes]]:
+    """Files that a process maps or has open, and the names of those that it maps."""
+    for bounds, device, name in MAPPING.findall(Path(f"{path}/maps").read_bytes()):
+        with contextlib.suppress(FileNotFoundError):  # it has changed since
+            file = mapped_file(path, bounds, device)
+            if file:
+                yield file, name
+    for number in os.listdir(f"{path}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            yield (f"{path}/fd/{number}", os.stat(f"{path}/fd/{number}")), b""
+
+
+def all_objects() -> dict[Key, Object]:
+    """The machine's memory objects, and who maps or has open each."""
+    objects: dict[Key, Object] = {}
+    namespaces: dict[int, str] = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            path = living(pid)
+            namespaces[pid] = os.readlink(f"{path}/ns/ipc")
+            for file, name in files_of(path):
+                key = key_of(path, file, name)
+                if key and key not in objects:
+                    objects[key] = Object(pages_of(file))
+                if key:
+                    objects[key].holders.add(pid)
+    ours = os.readlink("/proc/self/ns/ipc")
+    for (_, number, namespace), found in objects.items():
+        if namespace == ours and is_kept(number):
+            found.holders.add(KERNEL)
+        elif namespace and namespace != ours:  # its inhabitants can still attach it, for all we see
+            found.holders |= {pid for pid, where in namespaces.items() if where == namespace}
+    return objects
+
+
+def is_kept(shmid: int) -> bool:
+    """Whether a System V segment of our namespace outlives all who have it attached."""
+    if Path("/proc/sys/kernel/shm_rmid_forced").read_text() == "1\n":
+        return False
+    lines = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    return any(int(line[1]) == shmid and not int(line[2], 8) & SHM_DEST for line in lines)
+
+
 # ---- Counting -------------------------------------------------------------------
 
 
@@ -146,6 +281,7 @@ class Reading:
     spaces: list[set[int]]  # PIDs that share an address space
     mapped: dict[int, int]  # by PFN, how often the whole machine maps it, but for memuse
     page: int = PAGE
+    objects: dict[Key, Object] = field(default_factory=dict)  # of the whole machine
 
     def below(self, pid: int) -> set[int]:
         """The process, and those of the reading that are below it."""
@@ -158,7 +294,7 @@ class Reading:
     def together(self, name: str, pids: set[int]) -> set[int]:
         return set().union(*(getattr(self.memories[pid], name) for pid in pids))
 
-    def freed(self, pids: set[int], whole: set[int]) -> set[int]:
+    def mapped_alone(self, pids: set[int], whole: set[int]) -> set[int]:
         """What only these map, and no address space that others in the whole set share."""
         inside: Counter[int] = Counter()
         for space in self.spaces:
@@ -166,20 +302,39 @@ class Reading:
                 inside.update(self.memories[min(space)].mappings)
         return {pfn for pfn, times in inside.items() if self.mapped[pfn] == times}
 
+    def held_alone(self, pids: set[int]) -> list[Key]:
+        """The memory objects that only these hold."""
+        return [key for key, found in self.objects.items() if found.holders <= pids]
+
+    def freed(self, pids: set[int], whole: set[int]) -> int:
+        """The pages that come free when all of these end."""
+        loose = self.together("anon", pids) | self.together("loose", pids)
+        alone = loose & self.mapped_alone(pids, whole)
+        return len(alone) + sum(self.objects[key].pages for key in self.held_alone(pids))
+
+    def tree(self, pids: set[int], whole: set[int]) -> int:
+        """The pages that these have in their page tables, or that only they hold in an object."""
+        pages = len(self.together("frames", pids))
+        for key in self.held_alone(pids):
+            mapped = (self.memories[pid].objects.get(key, set()) for pid in whole)
+            pages += self.objects[key].pages - len(set().union(*mapped))
+        return pages
+
     def count(self, pids: list[int]) -> dict[str, Any]:
         """What memuse should say of these processes, listed depth first: sizes in bytes."""
         whole = set(pids)
 
         def figures(alone: set[int], all_below: set[int], above: set[int]) -> dict[str, int]:
-            frames = self.together("frames", alone)
+            frames, shmem = self.together("frames", alone), self.together("shmem", alone)
             return {
                 "frames": len(frames),
                 "unique": len(frames - above),
                 "size": len(frames) * self.page,
-                "tree": len(self.together("frames", all_below)) * self.page,
-                "freed": len(self.freed(all_below, whole)) * self.page,
+                "tree": self.tree(all_below, whole) * self.page,
+                "freed": self.freed(all_below, whole) * self.page,
                 "anon": len(self.together("anon", alone)) * self.page,
-                "file": len(self.together("file", alone)) * self.page,
+                "shmem": len(shmem) * self.page,
+                "file": len(self.together("file", alone) - shmem) * self.page,
                 "swap": len(self.together("slots", alone)) * self.page,
             }
 
@@ -205,7 +360,8 @@ def read(pids: list[int]) -> Reading:
         else:
             spaces.append({pid})
     frames = (memory.frames for memory in memories.values())
-    return Reading(memories, spaces, mapcounts(set().union(*frames)))
+    mapped = mapcounts(set().union(*frames))
+    return Reading(memories, spaces, mapped, objects=all_objects())
 
 
 def count(pids: list[int]) -> dict[str, Any]:

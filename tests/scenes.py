@@ -1,8 +1,8 @@
 """Processes with known memory, for tests to look at.
 
-Each scene is a function here, in scenes_of_processes.py or in scenes_of_kernels.py, and the first
-line of its docstring says which mistake it would show.  `python scenes.py NAME` builds it, forks
-its children, prints "ready", and stands still until its standard input is closed.
+Each scene is a function here or in one of the modules scenes_of_*.py, and the first line of its
+docstring says which mistake it would show.  `python scenes.py NAME` builds it, forks its children,
+prints "ready", and stands still until its standard input is closed.
 
 What only a few scenes need is imported in them: all that is imported is memory of each process.
 """
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 
 import scenes_of_kernels
+import scenes_of_objects
 import scenes_of_processes
 from building import (
     ANON,
@@ -402,7 +403,8 @@ def anything(seed: str) -> None:
 
 def build(name: str) -> Callable[..., None]:
     """The function that builds a scene."""
-    places = globals(), vars(scenes_of_processes), vars(scenes_of_kernels)
+    modules = scenes_of_processes, scenes_of_kernels, scenes_of_objects
+    places = globals(), *map(vars, modules)
     found: Callable[..., None] = next(place[name] for place in places if name in place)
     return found
 
