@@ -361,7 +361,7 @@ class Machine:
     def pids(self) -> list[int]:
         return psutil.pids()
 
-    def names(self, path: str) -> list[str]:
+    def listed(self, path: str) -> list[str]:
         """What a directory has in it."""
         return os.listdir(path)
 
@@ -657,7 +657,7 @@ class Memory:
         Only links are read, until the mount tells that a look at the file waits for nothing.
         """
         found = {}
-        for fd in self.machine.names(f"{process}/fd"):
+        for fd in self.machine.listed(f"{process}/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 link = f"{process}/fd/{fd}"
                 name = self.machine.link(link)
@@ -841,7 +841,7 @@ def mm_files_of(machine: Machine, pid: int, stat: Stat) -> str | None:
     if stat.state not in ENDED:
         return ""
     if stat.threads > 1:
-        for tid in machine.names(f"{machine.proc}/{pid}/task"):
+        for tid in machine.listed(f"{machine.proc}/{pid}/task"):
             thread = machine.stat(pid, f"task/{tid}/")
             if thread and thread.state not in ENDED:
                 return f"task/{tid}/"

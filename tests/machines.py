@@ -11,7 +11,6 @@ import errno
 import fcntl
 import importlib
 import itertools
-import mmap
 import os
 import re
 import resource
@@ -231,30 +230,6 @@ class OnlySysAdmin(Here):
         if libc.capset(header, struct.pack("6I", admin, admin, 0, 0, 0, 0)):
             raise OSError(ctypes.get_errno(), "capset")
         libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: its own files in /proc are its own
-
-
-class MapsFile(Here):
-    """This one, where memuse comes to map a file while it reads how often frames are mapped."""
-
-    def __init__(self, when: str, path: str) -> None:
-        self.when, self.path = when, path
-        self.memory: mmap.mmap | None = None
-
-    def map_it(self, when: str) -> None:
-        if when == self.when and not self.memory:
-            with open(self.path, "rb") as file:
-                self.memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            self.memory[:: mmap.PAGESIZE]
-
-    def before_opening(self, path: str) -> None:
-        if path == "/proc/self/maps":
-            self.map_it("before")
-
-    def pread(self, fd: memuse.Descriptor, size: int, offset: int) -> bytes:
-        words = super().pread(fd, size, offset)
-        if fd.path == "/proc/kpagecount":
-            self.map_it("after")
-        return words
 
 
 def named(machine: str) -> memuse.Machine:

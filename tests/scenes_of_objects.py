@@ -82,9 +82,14 @@ def memfd(pages: int, flags: int = 0) -> int:
     """A memfd that is filled, but no page table has any of it."""
     file = os.memfd_create("scene", flags)
     os.ftruncate(file, pages * PAGE)
+    fill(file, pages)
+    return file
+
+
+def fill(file: int, pages: int) -> None:
+    """In pieces: what large ones were in would stay as memory of the process."""
     for _ in range(pages // 64):
         os.write(file, os.urandom(64 * PAGE))
-    return file
 
 
 def view(file: int, first: int, pages: int, flags: int = mmap.MAP_SHARED) -> int:
@@ -404,7 +409,7 @@ def file_in(directory: str, pages: int, name: str = "") -> int:
     else:
         file, path = tempfile.mkstemp(dir=directory)
         os.unlink(path)
-    os.write(file, os.urandom(pages * PAGE))
+    fill(file, pages)
     return file
 
 

@@ -114,8 +114,8 @@ def check_accounts(result: Result, found: set[int]) -> dict[str, Any]:
     assert sum(row["unique"] for row in read) == report["total"]["frames"]
     for row in read:
         assert 0 <= row["unique"] <= row["frames"] == row["size"] // PAGE
-        assert row["size"] == row["anon"] + row["file"]
-        assert row["size"] <= row["tree"] <= report["total"]["tree"] == report["total"]["size"]
+        assert row["size"] == row["anon"] + row["shmem"] + row["file"]
+        assert row["size"] <= row["tree"] <= report["total"]["tree"]
         assert 0 <= row["freed"] <= row["tree"]
     return report
 
@@ -313,7 +313,7 @@ def test_children_of_one_that_exited_are_drawn_below_its_nearest_ancestor(moment
         report = accounts(found, end, stops, process.pid)
         assert rows_of(report) == [(process.pid, 0), (last.pid, 1)]
         first, second = report["processes"]
-        assert first["tree"] == report["total"]["size"] > second["tree"]
+        assert first["tree"] == report["total"]["tree"] > second["tree"]
         assert second["ppid"] == middle.pid
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -123,40 +122,6 @@ def test_a_number_of_zero_is_one_as_any_other(tmp_path: Path) -> None:
     machine.add([(False, 0, [("swap_down", 20, 0)])])
     machine.add([(False, 9, [("swap_down", 20, 0)])], FIRST_PID)
     check(machine, about="slot 0 taken for none?")
-
-
-class Moving(MadeUp):
-    """One in which memuse comes to map a file while it reads kpagecount."""
-
-    looks = 0  # at what memuse maps; the first is for zero pages
-
-    def finish(self, with_outsiders: bool = False) -> reference.Reading:
-        reading = super().finish(with_outsiders)
-        files = [self.root / "kpagecount", self.root / "self" / "pagemap"]
-        self.later = [(file, file.read_bytes()) for file in files]
-        (_, counts), (_, entries) = self.later
-        less = bytearray(counts)
-        for pfn in self.mapped_by_memuse:
-            (mapped,) = struct.unpack_from("<Q", counts, pfn * 8)
-            struct.pack_into("<Q", less, pfn * 8, mapped - 1)
-        files[0].write_bytes(less)
-        files[1].write_bytes(entries[: 65 * 8] + bytes(len(entries) - 65 * 8))
-        return reading
-
-    def opened(self, path: str, directory: memuse.Descriptor | None = None) -> memuse.Descriptor:
-        if path.endswith("self/pagemap"):
-            self.looks += 1
-            if self.looks == 3:
-                for file, content in self.later:
-                    file.write_bytes(content)
-        return super().opened(path, directory)
-
-
-def test_what_memuse_itself_comes_to_map_meanwhile_is_no_outsiders(tmp_path: Path) -> None:
-    machine = Moving(tmp_path)
-    machine.add([(True, 0, [("file", 100, 0)])])
-    check(machine, about="kpagecount not read again once memuse's own mappings changed?")
-    assert machine.looks == 4
 
 
 class Late(MadeUp):

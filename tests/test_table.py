@@ -48,7 +48,8 @@ def shown(*arguments: object, **environment: str) -> list[str]:
 FIGURES: list[dict[str, Any]] = [
     {
         "pid": 15897, "ppid": 1, "user": "root", "frames": 1776, "unique": 1776,
-        "size": 7274496, "tree": 8945664, "freed": 4194304, "anon": 7000000, "shmem": 200000, "file": 74496,
+        "size": 7274496, "tree": 8945664, "freed": 4194304, "anon": 7000000,
+        "shmem": 200000, "file": 74496,
         "rss": 7000064, "uss": 1671168, "pss": 3083264, "pte": 53248, "swap": 0,
         "command": "/usr/bin/zsh",
     },
@@ -57,14 +58,16 @@ FIGURES: list[dict[str, Any]] = [
     },
     {
         "pid": 9783, "ppid": 77, "user": "joe", "frames": 608, "unique": 408,
-        "size": 2490368, "tree": 2490368, "freed": 1024000, "anon": 2000000, "shmem": 0, "file": 490368,
+        "size": 2490368, "tree": 2490368, "freed": 1024000, "anon": 2000000,
+        "shmem": 0, "file": 490368,
         "rss": 2097152, "uss": 966656, "pss": 1333248, "pte": 40960, "swap": 4096,
         "command": "sudo make",
     },
 ]  # fmt: skip
 TOTAL: dict[str, Any] = {
     "frames": 2184, "unique": 2184, "size": 8945664, "tree": 8945664, "freed": 5218304,
-    "anon": 8181168, "shmem": 200000, "file": 564496, "rss": 9097216, "pss": 4416512, "pte": 94208, "swap": 4096,
+    "anon": 8181168, "shmem": 200000, "file": 564496, "rss": 9097216, "pss": 4416512, "pte": 94208,
+    "swap": 4096,
 }  # fmt: skip
 REFUSED = "pagemap: Permission denied"
 RESULTS = [
