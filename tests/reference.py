@@ -15,7 +15,6 @@ import stat
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
@@ -107,7 +106,7 @@ class Memories:
             return memory
         with open(f"{path}/pagemap", "rb", buffering=0) as pagemap:
             for bounds, device, name in vmas:
-                file = mapped_file(path, bounds, device)
+                file = file_at(link_to(path, bounds), device)
                 key = key_of(path, file, name) if file else None
                 of_mapping = Memory()
                 start, end = (int(bound, 16) // PAGE for bound in bounds.split(b"-"))
@@ -180,13 +179,15 @@ def mapcounts(pfns: set[int]) -> dict[int, int]:
 File = tuple[str, os.stat_result]
 
 
-def mapped_file(path: str, bounds: bytes, device: bytes) -> Optional[File]:
-    """The file of a mapping; anonymous memory is of no device."""
-    if device == b"00:00":
-        return None
+def link_to(path: str, bounds: bytes) -> str:
+    """Where the file of a mapping is; no number there begins with a zero."""
     low, high = (int(bound, 16) for bound in bounds.split(b"-"))
-    link = f"{path}/map_files/{low:x}-{high:x}"
-    return link, os.stat(link)
+    return f"{path}/map_files/{low:x}-{high:x}"
+
+
+def file_at(link: str, device: bytes) -> Optional[File]:
+    """A file that is mapped or open; anonymous memory is of no device."""
+    return None if device == b"00:00" else (link, os.stat(link))
 
 
 def key_of(path: str, file: File, name: bytes) -> Optional[Key]:
@@ -203,7 +204,7 @@ def is_memory(path: str) -> bool:
     """Whether its file system keeps all in memory (statfs(2))."""
     found = ctypes.create_string_buffer(256)
     if libc.statfs(path.encode(), found):
-        raise OSError(path)
+        raise FileNotFoundError(path)
     kind = ctypes.c_uint32 if os.uname().machine == "s390x" else ctypes.c_ulong
     return kind.from_buffer(found).value in MEMORY_FILE_SYSTEMS
 
@@ -227,32 +228,29 @@ def pages_of(file: File) -> int:
     return pages
 
 
-def files_of(path: str) -> Iterator[tuple[File, bytes]]:
-    """Files that a process maps or has open, and the names of those that it maps."""
+def files_of(path: str) -> list[tuple[str, bytes, bytes]]:
+    """Where the files are that a process maps or has open; devices and names of mapped ones."""
+    found = []
     for bounds, device, name in MAPPING.findall(Path(f"{path}/maps").read_bytes()):
-        with contextlib.suppress(FileNotFoundError):  # it has changed since
-            file = mapped_file(path, bounds, device)
-            if file:
-                yield file, name
-    for number in os.listdir(f"{path}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            yield (f"{path}/fd/{number}", os.stat(f"{path}/fd/{number}")), b""
+        found.append((link_to(path, bounds), device, name))
+    return [*found, *((f"{path}/fd/{number}", b"", b"") for number in os.listdir(f"{path}/fd"))]
 
 
 def all_objects() -> dict[Key, Object]:
     """The machine's memory objects, and who maps or has open each."""
     objects: dict[Key, Object] = {}
     namespaces: dict[int, str] = {}
+    gone = FileNotFoundError, ProcessLookupError, PermissionError  # or not to be read
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        with contextlib.suppress(*gone):
             path = living(pid)
             namespaces[pid] = os.readlink(f"{path}/ns/ipc")
-            for file, name in files_of(path):
-                key = key_of(path, file, name)
-                if key and key not in objects:
-                    objects[key] = Object(pages_of(file))
-                if key:
-                    objects[key].holders.add(pid)
+            for link, device, name in files_of(path):
+                with contextlib.suppress(*gone):  # a mapping or descriptor
+                    file = file_at(link, device)
+                    key = key_of(path, file, name) if file else None
+                    if file and key:
+                        objects.setdefault(key, Object(pages_of(file))).holders.add(pid)
     ours = os.readlink("/proc/self/ns/ipc")
     for (_, number, namespace), found in objects.items():
         if namespace == ours and is_kept(number):

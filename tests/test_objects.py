@@ -48,6 +48,7 @@ def test_scene(name: str, scene: Build, request: pytest.FixtureRequest) -> None:
 # ---- Killed ---------------------------------------------------------------------
 
 BY_KILLING = [*({*SCENES} - {"memfd_huge", "memfd_swapped"}), "forked", "cousins", "lopsided"]
+LEAVES_NAMES = {"disk_files", "sysv_kept", "tmpfs_files"}  # which are removed when all has ended
 
 
 def memory_in_use() -> int:
@@ -86,6 +87,8 @@ def fall_and_freed(name: str, whole: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "branch"])
 @pytest.mark.parametrize("name", sorted(BY_KILLING))
 def test_what_is_freed_comes_free(name: str, whole: bool) -> None:
+    if whole and name in LEAVES_NAMES:
+        pytest.skip("what has a name is removed after it")
     tried = []
     for _ in range(6):  # others on this machine take and free memory, too
         try:
