@@ -696,6 +696,7 @@ class Process:
         self.parts: dict[int, list[Part]] = defaultdict(list)  # by kind, what others may have
         self.files: Files = {}
         self.opened: dict[bytes, str] = {}  # files of memory that it has open, with their links
+        self.directory = ""  # in /proc, of a thread that has its mm: only there is map_files
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
         self.shares_mm_with = NOBODY  # the last row before that shares the address space
 
@@ -783,9 +784,8 @@ class Reader:
             if self.kernel and mm_files is not None:
                 self._read_pages(self.kernel, process, mm_files, directory)
                 if {"tree", "freed"} & columns:
-                    process.opened = self.memory.open_files(
-                        f"{directory.path}/{mm_files}".rstrip("/")
-                    )
+                    process.directory = thread_directory(machine, pid, mm_files)
+                    process.opened = self.memory.open_files(process.directory)
             if not parse_stat(machine.read("stat", directory)).same_image(stat):
                 raise ProcessLookupError
         if process.witness:  # not earlier: read again, it would share its mm with itself
@@ -846,6 +846,11 @@ def mm_files_of(machine: Machine, pid: int, stat: Stat) -> str | None:
             if thread and thread.state not in ENDED:
                 return f"task/{tid}/"
     return None
+
+
+def thread_directory(machine: Machine, pid: int, mm_files: str) -> str:
+    """The directory in /proc, which lists processes alone, of the process or this thread of it."""
+    return f"{machine.proc}/{mm_files.split('/')[1] if mm_files else pid}"
 
 
 class KernelFigures:
@@ -1278,7 +1283,7 @@ class Objects:
 
     def add(self, process: Process, sorts: dict[bytes | None, int]) -> None:
         """Take in what a process maps and has open; the sorts of files, as far as known."""
-        directory = f"{self.machine.proc}/{process.pid}"
+        directory = process.directory
         for key, vmas in process.files.items():
             device, _, _ = key.partition(b" ")
             if is_unnamed(vmas[0].name) and (
@@ -1400,7 +1405,7 @@ class Objects:
             mm_files = mm_files_of(machine, pid, stat) if stat else None
             if not mm_files:
                 return set()
-            process = f"{process}/{mm_files.rstrip('/')}"
+            process = thread_directory(machine, pid, mm_files)
             maps = machine.read(f"{process}/maps")
         system_v = {key for key in keys if key.count(b" ") == 2}
         held = {key for key in system_v if self._lives_in(pid, key)}
