@@ -369,6 +369,12 @@ class Machine:
         """What a symbolic link says; nothing waits for what it leads to."""
         return os.readlink(os.fsencode(path))
 
+    def ipc_namespace(self, process: str) -> bytes:
+        """That of a process, by its directory in /proc; b"" where the kernel has but one."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.link(f"{process}/ns/ipc")
+        return b""
+
     def stat_memory(self, path: str) -> os.stat_result:
         """What a link in /proc leads to, which must be on a file system that is memory."""
         return os.stat(path)
@@ -668,9 +674,8 @@ class Memory:
         return found
 
     def _is_on_memory(self, name: bytes, process: str, fd: str) -> bool:
-        fdinfo = self.machine.read(f"{process}/fdinfo/{fd}")
-        mount = fdinfo.partition(b"mnt_id:")[2].split()[0]
-        device = self.mounts_of(process).get(mount)  # None: the kernel's own mount
+        mount = re.search(rb"^mnt_id:\s+(\d+)", self.machine.read(f"{process}/fdinfo/{fd}"), re.M)
+        device = self.mounts_of(process).get(mount[1]) if mount else None  # the kernel's own mount
         return bool(device) or (device is None and name.startswith(b"/memfd:"))
 
 
@@ -799,7 +804,7 @@ class Reader:
         with machine.opened(f"{mm_files}pagemap", directory) as pagemap:
             maps, ipc = machine.read(f"{mm_files}maps", directory), b""
             if SYSTEM_V in maps:
-                ipc = machine.link(f"{directory.path}/{mm_files}ns/ipc")
+                ipc = machine.ipc_namespace(f"{directory.path}/{mm_files}")
             areas, vmas, process.files = layout_of(maps, machine.page_size, ipc)
             for start, end in areas:
                 while start < end:
@@ -1318,18 +1323,20 @@ class Objects:
         """Those that only the set holds, and how much memory they have, in bytes."""
         sizes = {key: self._size(held) for key, held in self.found.items()}
         asked = {key: held for key, held in self.found.items() if sizes[key]}
-        own = self.machine.link(f"{self.machine.proc}/self/ns/ipc") if asked else b""
+        own = self.machine.ipc_namespace(f"{self.machine.proc}/self") if asked else b""
+        unsure = set()
         for key, held in [*asked.items()]:
-            if self._is_mapped_outside(held) or (held.is_system_v and self._is_kept(held, own)):
+            in_own = held.is_system_v and key.endswith(own)
+            if self._is_mapped_outside(held) or (in_own and self._is_kept(held)):
                 del asked[key]
-            elif held.is_system_v and not key.endswith(own):
-                held.rows += [
-                    row for row, node in enumerate(nodes, 1) if self._lives_in(node.pid, key)
-                ]
-        unsure = {key for key in asked if not key.endswith(own) or not asked[key].is_system_v}
+            elif not in_own:
+                unsure.add(key)
+            if held.is_system_v and not in_own:  # all who live in its namespace hold it
+                rows = enumerate(nodes, 1)
+                held.rows += [row for row, node in rows if self._lives_in(node.pid, key)]
         if unsure:
-            unsure -= self._held_outside(unsure, {node.pid for node in nodes})
-            asked = {key: asked[key] for key in asked if key in unsure or key.endswith(own)}
+            for key in self._held_outside(unsure, {node.pid for node in nodes}):
+                del asked[key]
         for key, held in asked.items():
             yield held, sizes[key]
 
@@ -1369,22 +1376,21 @@ class Objects:
             return False  # of which some kernels tell averages
         return self.kernel.mapcounts(pfn, 1)[0] > held.sample_mappings
 
-    def _is_kept(self, held: MemoryObject, own: bytes) -> bool:
+    def _is_kept(self, held: MemoryObject) -> bool:
         """Whether a System V segment stays by its ID, or is attached by an outsider."""
+        machine = self.machine
         with contextlib.suppress(OSError):
-            if held.key.endswith(own):
-                forced = self.machine.read(f"{self.machine.proc}/sys/kernel/shm_rmid_forced")
-                table = self.machine.read(f"{self.machine.proc}/sysvipc/shm")
-                for line in table.splitlines()[1:]:
-                    fields = line.split()
-                    if fields[1] == held.key.split()[1]:
-                        kept = not int(fields[2], 8) & SHM_DEST and forced.strip() == b"0"
-                        return kept or int(fields[6]) > held.attached
+            forced = machine.read(f"{machine.proc}/sys/kernel/shm_rmid_forced").strip() != b"0"
+            for line in machine.read(f"{machine.proc}/sysvipc/shm").splitlines()[1:]:
+                _, shmid, mode, _, _, _, attached, *_ = line.split()
+                if shmid == held.key.split()[1]:
+                    kept = not int(mode, 8) & SHM_DEST and not forced
+                    return kept or int(attached) > held.attached
         return False
 
     def _lives_in(self, pid: int, key: bytes) -> bool:
         with contextlib.suppress(OSError):
-            return key.endswith(self.machine.link(f"{self.machine.proc}/{pid}/ns/ipc"))
+            return key.endswith(b" " + self.machine.link(f"{self.machine.proc}/{pid}/ns/ipc"))
         return False
 
     def _held_outside(self, keys: set[bytes], members: set[int]) -> set[bytes]:
@@ -1409,17 +1415,13 @@ class Objects:
             maps = machine.read(f"{process}/maps")
         system_v = {key for key in keys if key.count(b" ") == 2}
         held = {key for key in system_v if self._lives_in(pid, key)}
-        # Numbers of System V's inodes are those of others, too.
-        files = {line[3] for line in MAPPING.findall(maps) if is_plain(line[4])}
-        held |= (keys - system_v) & files
+        likely = {key for key in keys - system_v if b" %s " % key in maps}
+        if likely:  # numbers of System V's inodes are those of others, too
+            lines = MAPPING.findall(maps)
+            held |= likely & {line[3] for line in lines if not line[4].startswith(SYSTEM_V)}
         if keys - system_v - held:
             held |= keys & self.memory.open_files(process).keys()
         return held
-
-
-def is_plain(name: bytes) -> bool:
-    """Whether a mapping is of a file, and not of System V."""
-    return not name.startswith(SYSTEM_V)
 
 
 class Census:

@@ -184,6 +184,29 @@ class Hiding(Here):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
+class NoMapFiles(Here):
+    """One that refuses to follow links in map_files, or no longer has them."""
+
+    def __init__(self, error: str) -> None:
+        self.error = getattr(errno, error)
+
+    def stat_memory(self, path: str) -> os.stat_result:
+        if "/map_files/" in path:
+            raise OSError(self.error, os.strerror(self.error), path)
+        return super().stat_memory(path)
+
+
+class LooksLogged(Here):
+    """Writes to a file the links that are followed to a file's status."""
+
+    def __init__(self, log: str) -> None:
+        self.log = open(log, "w", buffering=1)  # noqa: SIM115
+
+    def stat_memory(self, path: str) -> os.stat_result:
+        self.log.write(f"{path}\n")
+        return super().stat_memory(path)
+
+
 class Emptied(Here):
     """Files of such a name are empty, the first times that they are read."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,15 @@ from typing import Callable, NamedTuple
 import pytest
 import reference
 import scenes
-from conftest import has_no_differences, measured_apart, needs_root, standing, state_of, wait_for
+from conftest import (
+    has_no_differences,
+    measured_apart,
+    needs_root,
+    simulated,
+    standing,
+    state_of,
+    wait_for,
+)
 from reference import PAGE
 from test_exact import compare_parts
 
@@ -140,3 +149,34 @@ def hugetlb_pages() -> int:
         for name in ("HugePages_Total", "HugePages_Free", "Hugepagesize")
     )
     return (number - free) * kib * 1024 // PAGE
+
+
+# ---- What is refused, or gone ---------------------------------------------------
+
+
+def test_a_refused_look_at_an_object_is_told_and_costs_that_object_alone(scene: Build) -> None:
+    pid = scene("shared_filled")
+    whole = measured_apart(pid)["total"]
+    result = simulated("NoMapFiles EPERM", "--json", pid)
+    assert result.returncode == 1
+    line = r"memuse: /proc/[0-9]+/map_files/\S+: Operation not permitted \(needs CAP_SYS_ADMIN\)\n"
+    assert re.fullmatch(line, result.stderr)
+    total = json.loads(result.stdout)["total"]
+    assert total["size"] == total["tree"] == whole["size"] < whole["tree"]
+    assert total["freed"] < whole["freed"]
+
+
+def test_an_object_that_is_gone_meanwhile_costs_itself_alone(scene: Build) -> None:
+    pid = scene("shared_filled")
+    result = simulated("NoMapFiles ENOENT", "--json", pid)
+    assert (result.returncode, result.stderr) == (0, "")
+    total = json.loads(result.stdout)["total"]
+    assert total["size"] == total["tree"]
+
+
+def test_nothing_is_looked_at_but_memory(scene: Build, tmp_path: Path) -> None:
+    """A look at a file of a network or a FUSE file system could wait for good."""
+    pid = scene("disk_files")  # which has a deleted file of a disk mapped, and open
+    log = tmp_path / "log"
+    assert simulated(f"LooksLogged {log}", "--json", pid).returncode == 0
+    assert log.read_text() == ""
