@@ -1447,7 +1447,8 @@ class Census:
         self.shmem.count(Visit(*whose), by_sort[SHARED_MEMORY])
         freed = (part._replace(by_mapcount=True) for part in by_sort[FREED_BY_PAGE])
         self.file.count(Visit(*whose), chain(by_sort[KEPT_IN_CACHE], freed))
-        self.objects.add(process, self.sorts)
+        if process.directory:  # else neither TREE nor FREED is wanted
+            self.objects.add(process, self.sorts)
         by_type = defaultdict(list)
         for swap_type, slots in chain.from_iterable(map(slots_of, parts[IN_SWAP])):
             by_type[swap_type].append(slots)
