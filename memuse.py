@@ -220,11 +220,11 @@ def parse_maps(maps: bytes, page_size: int, ipc: bytes = b"") -> list[Vma]:
     lines = MAPPING.findall(maps)
     if len(lines) != maps.count(b"\n"):
         raise Error("cannot make out the kernel's list of mappings")
-    vmas = []
+    vmas, any_system_v = [], SYSTEM_V in maps
     for low, high, offset, file, name in lines:
         if name == b"[vsyscall]":  # which pagemap does not cover
             continue
-        if name.startswith(SYSTEM_V):  # of which the first is inode 0
+        if any_system_v and name.startswith(SYSTEM_V):  # of which the first is inode 0
             file += b" " + ipc
         elif file.endswith(b" 0"):  # no inode, so no file
             file = b"" if name.startswith(ANONYMOUS) else name
