@@ -189,6 +189,11 @@ def pfns_of(entries: bytes) -> list[int]:
     return [entry & PFN_MASK for entry in struct.unpack(f"<{number}Q", entries)]
 
 
+def pfn_at(entries: bytes, at: int) -> int:
+    """The PFN in one of the entries."""
+    return int.from_bytes(entries[at * WORD : (at + 1) * WORD], "little") & PFN_MASK
+
+
 class Part(NamedTuple):
     """Entries of neighbouring pages, and which of them are meant."""
 
@@ -381,9 +386,9 @@ class Machine:
 
     def memory_devices(self) -> set[bytes]:
         """The devices of memory that the kernel itself has mounted, as maps shows them."""
-        sizes = [0]
+        sizes, folder = [0], f"{self.sysfs}/kernel/mm/hugepages"
         with contextlib.suppress(FileNotFoundError):  # a kernel without huge pages
-            sizes += [int(name[10:-2]) << 10 for name in os.listdir("/sys/kernel/mm/hugepages")]
+            sizes += [int(name[10:-2]) << 10 for name in self.listed(folder)]
         devices = set()
         for size in sizes:
             flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
@@ -466,7 +471,7 @@ class Kernel:
         # Memory that is only read maps a zero page; s390 has up to 128 (arch/s390/mm/init.c).
         with lazy_bytes(128 * mmap.PAGESIZE) as memory:
             memory[:: mmap.PAGESIZE]
-            own = {*self.own_pfns(ANON_OR_DEVICE)}
+            own = {*self._own_pfns()}
         if not any(own):  # without CAP_SYS_ADMIN pagemap opens, but shows none
             raise PermissionError(errno.EPERM, "no PFNs", f"{machine.proc}/self/pagemap")
         self.kpageflags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
@@ -479,14 +484,14 @@ class Kernel:
         ramp = struct.pack(f"<{self.pmd_pages}Q", *range(self.pmd_pages))
         self.ramp = int.from_bytes(ramp, "little")
 
-    def own_pfns(self, kind: int) -> list[int]:
-        """The PFNs of memuse's own pages of this kind."""
+    def _own_pfns(self) -> list[int]:
+        """The PFNs of memuse's own pages that may be zero pages."""
         machine, pfns = self.machine, list[int]()
         vmas = parse_maps(machine.read(f"{machine.proc}/self/maps"), machine.page_size)
         with machine.opened(f"{machine.proc}/self/pagemap") as pagemap:
             for start, end in areas_of(vmas):
                 entries = machine.words(pagemap, start, end - start)
-                chosen = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[kind])
+                chosen = entries[FLAGS::WORD].translate(KINDS).translate(EQUALS[ANON_OR_DEVICE])
                 pfns += compress(pfns_of(entries), chosen)
         return pfns
 
@@ -711,7 +716,7 @@ class Process:
         at = kinds.find(ANON_EXCLUSIVE)
         if at >= 0:
             self.private += kinds.count(ANON_EXCLUSIVE)
-            self.witness = self.witness or (start + at, pfns_of(entries[at * WORD :][:WORD])[0])
+            self.witness = self.witness or (start + at, pfn_at(entries, at))
         shareable = kinds.translate(SHAREABLE)
         low, high = bisect(vmas, (start + 1,)), bisect(vmas, (start + len(kinds),))
         for vma in vmas[max(0, low - 1) : high]:
@@ -1313,11 +1318,11 @@ class Objects:
     def _count_sample(self, held: MemoryObject, part: Part) -> None:
         if not held.sample:
             at = part.chosen.find(YES)
-            held.sample = part.page + at, pfns_of(part.entries[at * WORD :][:WORD])[0]
+            held.sample = part.page + at, pfn_at(part.entries, at)
         page, pfn = held.sample
         at = page - part.page
         if 0 <= at < len(part.chosen) and part.chosen[at]:
-            held.sample_mappings += pfns_of(part.entries[at * WORD :][:WORD]) == [pfn]
+            held.sample_mappings += pfn_at(part.entries, at) == pfn
 
     def alone(self, nodes: list[Node]) -> Iterator[tuple[MemoryObject, int]]:
         """Those that only the set holds, and how much memory they have, in bytes."""
@@ -1390,7 +1395,7 @@ class Objects:
 
     def _lives_in(self, pid: int, key: bytes) -> bool:
         with contextlib.suppress(OSError):
-            return key.endswith(b" " + self.machine.link(f"{self.machine.proc}/{pid}/ns/ipc"))
+            return key.endswith(b" " + self.machine.ipc_namespace(f"{self.machine.proc}/{pid}"))
         return False
 
     def _held_outside(self, keys: set[bytes], members: set[int]) -> set[bytes]:
@@ -1413,7 +1418,7 @@ class Objects:
                 return set()
             process = thread_directory(machine, pid, mm_files)
             maps = machine.read(f"{process}/maps")
-        system_v = {key for key in keys if key.count(b" ") == 2}
+        system_v = {key for key in keys if self.found[key].is_system_v}
         held = {key for key in system_v if self._lives_in(pid, key)}
         likely = {key for key in keys - system_v if b" %s " % key in maps}
         if likely:  # numbers of System V's inodes are those of others, too
@@ -1460,9 +1465,8 @@ class Census:
 
     def _sort_of(self, process: Process, part: Part) -> int:
         """The sort of a file, as one of its frames tells and the name that it is first met by."""
-        sort, at = KEPT_IN_CACHE, part.chosen.find(YES)
-        pfn = pfns_of(part.entries[at * WORD :][:WORD])[0]
-        if self.kernel.is_shared_memory(pfn):
+        sort = KEPT_IN_CACHE
+        if self.kernel.is_shared_memory(pfn_at(part.entries, part.chosen.find(YES))):
             sort = SHARED_MEMORY
         elif part.file and b" " in part.file:  # it has an inode: it is not [vdso] and such
             name = process.files[part.file][0].name
@@ -1515,10 +1519,8 @@ class Census:
 
 def slots_of(part: Part) -> Iterator[tuple[int, Part]]:
     """By swap type, the swap slots of a part: their offsets, which lie as close as PFNs do."""
-    types, lanes = (
-        part.entries[::WORD].translate(SWAP_TYPE_OF),
-        int.from_bytes(part.chosen, "little"),
-    )
+    types = part.entries[::WORD].translate(SWAP_TYPE_OF)
+    lanes = int.from_bytes(part.chosen, "little")
     shifted = int.from_bytes(part.entries, "little") >> SWAP_TYPE_BITS
     offsets = shifted.to_bytes(len(part.entries), "little")
     for swap_type in {*compress(types, part.chosen)} & {*range(SWAP_TYPES)}:
