@@ -33,7 +33,7 @@ import struct
 import threading
 import time
 from bisect import bisect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, compress, count, groupby, takewhile
@@ -159,6 +159,7 @@ YES = 0x80  # a byte that says yes, where 0 says no: the lanes of a Block need i
 # Tables for bytes.translate.
 KINDS = bytes(map(kind_of, range(256)))  # of flags
 EQUALS = [bytes(byte) + bytes([YES]) + bytes(255 - byte) for byte in range(256)]  # for one byte
+ANONYMOUS_KINDS = bytes([0, YES, YES]) + bytes(253)  # for kinds
 SHAREABLE = bytes([0, 0]) + bytes([YES]) * 254  # for the kinds of what others may have, too
 SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))  # of the lowest byte
 
@@ -192,6 +193,21 @@ def pfns_of(entries: bytes) -> list[int]:
 def pfn_at(entries: bytes, at: int) -> int:
     """The PFN in one of the entries."""
     return int.from_bytes(entries[at * WORD : (at + 1) * WORD], "little") & PFN_MASK
+
+
+def groups_in_part(entries: bytes, pages: int) -> list[int]:
+    """Groups of so many frames (PFN // pages) of which the entries map some, but not all.
+
+    Of anonymous memory that is present.  The entries are shifted all at once, as one integer.
+    """
+    order, number = pages.bit_length() - 1, len(entries) // WORD
+    present, file = (flag << 56 >> order for flag in (PM_PRESENT, PM_FILE))
+    mask = struct.pack("<Q", PFN_MASK >> order | present | file) * number
+    shifted = int.from_bytes(entries, "little") >> order & int.from_bytes(mask, "little")
+    # On a big-endian machine the words come in reverse order, which does not matter here.
+    words = Counter(array.array("Q", shifted.to_bytes(len(entries), sys.byteorder)))
+    anonymous = ((word ^ present, mapped) for word, mapped in words.items() if not word & file)
+    return [group for group, mapped in anonymous if group < present and mapped < pages]
 
 
 class Part(NamedTuple):
@@ -541,6 +557,38 @@ class Kernel:
         """How often the machine maps each of these frames (/proc/kpagecount, pagemap.rst)."""
         return low_halves(self.machine.words(self.kpagecount, first, number))
 
+    def may_be_partly_mapped(self) -> bool:
+        """Whether any anonymous huge page may be partly mapped (transhuge.rst)."""
+        machine, numbers = self.machine, list[int]()
+        if not self.pmd_pages:
+            return False
+        folder = f"{machine.sysfs}/kernel/mm/transparent_hugepage"
+        for name in machine.listed(folder):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path = f"{folder}/{name}/stats/nr_anon_partially_mapped"
+                numbers.append(int(machine.read(path)))
+        if not numbers:  # before Linux 6.12 there is only the number of all since boot
+            vmstat = machine.read(f"{machine.proc}/vmstat")
+            return bool(re.search(rb"^thp_deferred_split_page [1-9]", vmstat, re.M))
+        return any(numbers)
+
+    def partly_mapped(self, group: int) -> list[Pair]:
+        """Anonymous huge pages of which nobody maps some page: first PFN and number of pages.
+
+        The group is of as many frames as a PMD maps; no anonymous huge page lies in two.
+        """
+        start, found = group * self.pmd_pages, list[Pair]()
+        flags = low_halves(self.machine.words(self.kpageflags, start, self.pmd_pages)).tolist()
+        head = KPF_COMPOUND_HEAD | KPF_THP | KPF_ANON
+        heads = [at for at, flag in enumerate(flags) if flag & head == head]
+        mapcounts = self.mapcounts(start, self.pmd_pages).tolist() if heads else []
+        for at in heads:
+            tails = takewhile(KPF_COMPOUND_TAIL.__and__, flags[at + 1 :])
+            number = 1 + sum(1 for _ in tails)
+            if 0 in mapcounts[at : at + number]:
+                found.append((start + at, number))
+        return found
+
 
 # ---- Which processes ----------------------------------------------------------------------------
 
@@ -689,6 +737,60 @@ def key_of(stat: os.stat_result) -> bytes:
     return b"%s %d" % (device_of(os.major(stat.st_dev), os.minor(stat.st_dev)), stat.st_ino)
 
 
+# ---- Huge pages that are partly mapped ----------------------------------------------------------
+
+
+class PartlyMapped:
+    """Anonymous huge pages of which nobody maps some page.
+
+    The kernel keeps such a huge page whole, until it is short of memory (transhuge.rst, "Partial
+    unmap and deferred_folio_split()").  What nobody maps comes free with the last that maps any.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.found: dict[int, list[Pair]] = {}  # by group: see Kernel
+        # Of each: the first and the last row that maps any of it, and how many mappings.
+        self.mapped: dict[Pair, tuple[int, int, int]] = {}
+
+    def within(self, entries: bytes) -> Counter[Pair]:
+        """How many pages of each these entries map."""
+        pages, mapped = self.kernel.pmd_pages, Counter[Pair]()
+        groups = {group for group in groups_in_part(entries, pages) if self._look(group)}
+        if groups:
+            kinds = entries[FLAGS::WORD].translate(KINDS)
+            for pfn in compress(pfns_of(entries), kinds.translate(ANONYMOUS_KINDS)):
+                if pfn // pages in groups:
+                    found = self.found[pfn // pages]
+                    start, number = huge_page = found[bisect(found, (pfn, pages)) - 1]
+                    if start <= pfn < start + number:
+                        mapped[huge_page] += 1
+        return mapped
+
+    def _look(self, group: int) -> list[Pair]:
+        if group not in self.found:
+            self.found[group] = self.kernel.partly_mapped(group)
+        return self.found[group]
+
+    def count(self, process: Process) -> None:
+        own_mm = process.shares_mm_with == NOBODY  # else its mappings were counted already
+        for huge_page, number in process.partly_mapped.items():
+            first, _, mappings = self.mapped.get(huge_page, (process.row, NOBODY, 0))
+            self.mapped[huge_page] = first, process.row, mappings + number * own_mm
+
+    def unmapped(self) -> Iterator[tuple[int, int, int]]:
+        """First and last row that map any of one, and how many of its pages nobody maps.
+
+        Of those that nobody else maps, and that are still partly mapped.
+        """
+        for huge_page, (first, last, mappings) in self.mapped.items():
+            start, number = huge_page
+            if huge_page in self.kernel.partly_mapped(start // self.kernel.pmd_pages):
+                mapcounts = self.kernel.mapcounts(start, number).tolist()
+                if sum(mapcounts) <= mappings:
+                    yield first, last, mapcounts.count(0)
+
+
 # ---- Reading a process --------------------------------------------------------------------------
 
 SPAN = 1 << 13  # pages read at a time; what is larger is searched for what is resident
@@ -704,6 +806,7 @@ class Process:
         self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
         self.parts: dict[int, list[Part]] = defaultdict(list)  # by kind, what others may have
+        self.partly_mapped = Counter[Pair]()  # pages it maps of each such huge page
         self.files: Files = {}
         self.opened: dict[bytes, str] = {}  # files of memory that it has open, with their links
         self.directory = ""  # in /proc, of a thread that has its mm: only there is map_files
@@ -748,10 +851,11 @@ class Reader:
         kernel: Kernel | None,
         columns: set[str],
         memory: Memory,
+        partly_mapped: PartlyMapped | None,
         progress: Progress,
     ) -> None:
         self.machine, self.kernel, self.columns = machine, kernel, columns
-        self.memory, self.progress = memory, progress
+        self.memory, self.partly_mapped, self.progress = memory, partly_mapped, progress
         self.witnesses: dict[Pair, tuple[int, str]] = {}  # last row that has it, its pagemap's path
 
     def read(self, row: int, node: Node) -> Process | None:
@@ -819,7 +923,10 @@ class Reader:
                     entries = machine.words(pagemap, start, stop - start)
                     if len(entries) != (stop - start) * WORD:
                         raise ProcessLookupError
-                    process.add(vmas, start, kernel.corrected(start, entries))
+                    entries = kernel.corrected(start, entries)
+                    process.add(vmas, start, entries)
+                    if self.partly_mapped:
+                        process.partly_mapped.update(self.partly_mapped.within(entries))
                     self.progress.tell(process.row - 1, stop - start)
                     start = stop
             if process.witness:
@@ -1432,7 +1539,14 @@ class Objects:
 class Census:
     """The count over all rows, which come depth first; row 0 is TOTAL, above all."""
 
-    def __init__(self, machine: Machine, kernel: Kernel, memory: Memory, nodes: list[Node]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        kernel: Kernel,
+        memory: Memory,
+        partly_mapped: PartlyMapped | None,
+        nodes: list[Node],
+    ) -> None:
         self.machine, self.kernel, self.nodes = machine, kernel, nodes
         self.tree = Tree([0, *(node.parent for node in nodes)])
         # A frame can be freed, and used anew as another sort, meanwhile: each has its own marks.
@@ -1440,6 +1554,7 @@ class Census:
         self.slots: dict[int, Ledger] = {}  # by swap type
         self.sorts: dict[bytes | None, int] = {}  # by file
         self.objects = Objects(machine, kernel, memory)
+        self.partly_mapped = partly_mapped
 
     def count(self, process: Process) -> None:
         """Count what a process has, and keep none of its parts."""
@@ -1452,6 +1567,8 @@ class Census:
         self.shmem.count(Visit(*whose), by_sort[SHARED_MEMORY])
         freed = (part._replace(by_mapcount=True) for part in by_sort[FREED_BY_PAGE])
         self.file.count(Visit(*whose), chain(by_sort[KEPT_IN_CACHE], freed))
+        if self.partly_mapped:
+            self.partly_mapped.count(process)
         if process.directory:  # else neither TREE nor FREED is wanted
             self.objects.add(process, self.sorts)
         by_type = defaultdict(list)
@@ -1495,6 +1612,11 @@ class Census:
                 pages = size // self.machine.page_size
                 self.shmem.freed[row] += pages
                 self.shmem.of_tree[row] += max(0, pages - self.shmem.frames_of[held.key])
+        if self.partly_mapped:
+            for first, last, pages in self.partly_mapped.unmapped():
+                row = self.tree.common_ancestor(first, last)
+                self.anon.freed[row] += pages
+                self.anon.of_tree[row] += pages
         asked = [ledger for ledger in (self.anon, self.file) if ledger.by_mapcount]
         mapcounts = mapcounts_of(self.kernel, asked) if asked and "freed" in columns else None
         for ledger in (self.anon, self.shmem, self.file, *self.slots.values()):
@@ -1560,8 +1682,11 @@ def survey(
     if figures:
         figures.start()
     memory, progress = Memory(machine), Progress(len(nodes))
-    census = Census(machine, kernel, memory, nodes) if kernel else None
-    reader = Reader(machine, kernel, columns, memory, progress)
+    partly_mapped = None
+    if kernel and {"tree", "freed"} & columns and kernel.may_be_partly_mapped():
+        partly_mapped = PartlyMapped(kernel)
+    census = Census(machine, kernel, memory, partly_mapped, nodes) if kernel else None
+    reader = Reader(machine, kernel, columns, memory, partly_mapped, progress)
     processes, depths = [], [-1]
     for row, node in enumerate(nodes, 1):
         process = reader.read(row, node)

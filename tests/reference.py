@@ -7,6 +7,7 @@ process of the machine is asked for its inode, all numbers are kept in sets.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-ANON, SWAPBACKED, HUGETLB, NOPAGE, THP, ZERO_PAGE = 12, 14, 17, 20, 22, 24
+ANON, SWAPBACKED, HEAD, TAIL, HUGETLB, NOPAGE, THP, ZERO_PAGE = 12, 14, 15, 16, 17, 20, 22, 24
 KCMP = {"x86_64": 312, "s390x": 343, "ppc64le": 354}.get(os.uname().machine, 272)
 # In maps and smaps: the range, the device, and the name of a mapping.
 LINE = rb"^([0-9a-f]+-[0-9a-f]+) .{4} [0-9a-f]+ ([0-9a-f]+:[0-9a-f]+) \d+ *(.*)\n"
@@ -61,6 +62,15 @@ class Object:
 
     pages: int
     holders: set[int] = field(default_factory=set)
+
+
+@dataclass
+class HugePage:
+    """An anonymous huge page that is mapped only in part."""
+
+    mapped: list[int]  # PFNs
+    mappings: int  # of all of them, by the whole machine
+    unmapped: int  # pages
 
 
 # ---- Reading --------------------------------------------------------------------
@@ -173,6 +183,35 @@ def mapcounts(pfns: set[int]) -> dict[int, int]:
         return {pfn: word(kpagecount, pfn) for pfn in pfns}
 
 
+# ---- Huge pages -----------------------------------------------------------------
+
+
+def partly_mapped() -> list[HugePage]:
+    """All of the machine, by a walk over all of its frames."""
+    found, at_once, first = [], 1 << 15, 0  # many frames, so that no huge page lies in two parts
+    paths = "/proc/kpageflags", "/proc/kpagecount"
+    with open(paths[0], "rb", buffering=0) as kpageflags, open(paths[1], "rb") as kpagecount:
+        while words := os.pread(kpageflags.fileno(), at_once * 8, first * 8):
+            flags = array.array("Q", words)
+            if any(map(is_anonymous_head, set(flags))):
+                counts = array.array("Q", os.pread(kpagecount.fileno(), at_once * 8, first * 8))
+                for head in range(len(flags)):
+                    if is_anonymous_head(flags[head]):
+                        end = head + 1
+                        while end < len(flags) and flags[end] >> TAIL & 1:
+                            end += 1
+                        mapped = [first + page for page in range(head, end) if counts[page]]
+                        found.append(
+                            HugePage(mapped, sum(counts[head:end]), end - head - len(mapped))
+                        )
+            first += at_once
+    return [huge_page for huge_page in found if huge_page.mapped and huge_page.unmapped]
+
+
+def is_anonymous_head(flags: int) -> bool:
+    return bool(flags >> HEAD & flags >> THP & flags >> ANON & 1)
+
+
 # ---- Memory objects -------------------------------------------------------------
 
 # A path that leads to a file, and what it is: of a mapping or a descriptor.
@@ -280,6 +319,7 @@ class Reading:
     mapped: dict[int, int]  # by PFN, how often the whole machine maps it, but for memuse
     page: int = PAGE
     objects: dict[Key, Object] = field(default_factory=dict)  # of the whole machine
+    huge_pages: list[HugePage] = field(default_factory=list)  # partly mapped ones, of all of it
 
     def below(self, pid: int) -> set[int]:
         """The process, and those of the reading that are below it."""
@@ -292,12 +332,29 @@ class Reading:
     def together(self, name: str, pids: set[int]) -> set[int]:
         return set().union(*(getattr(self.memories[pid], name) for pid in pids))
 
-    def mapped_alone(self, pids: set[int], whole: set[int]) -> set[int]:
-        """What only these map, and no address space that others in the whole set share."""
+    def mappings(self, pids: set[int], whole: set[int]) -> Counter[int]:
+        """By frame, how often these map it, without what others in the whole set share with them.
+
+        That is an address space, whose mappings the kernel counts once.
+        """
         inside: Counter[int] = Counter()
         for space in self.spaces:
-            if space & whole and space & whole <= pids:  # the kernel counts its mappings once
+            if space & whole and space & whole <= pids:
                 inside.update(self.memories[min(space)].mappings)
+        return inside
+
+    def unmapped(self, pids: set[int], whole: set[int]) -> int:
+        """The pages that nobody maps, of huge pages of which only these map the rest."""
+        inside = self.mappings(pids, whole)
+        return sum(
+            huge_page.unmapped
+            for huge_page in self.huge_pages
+            if sum(inside[pfn] for pfn in huge_page.mapped) == huge_page.mappings
+        )
+
+    def mapped_alone(self, pids: set[int], whole: set[int]) -> set[int]:
+        """What only these map."""
+        inside = self.mappings(pids, whole)
         return {pfn for pfn, times in inside.items() if self.mapped[pfn] == times}
 
     def held_alone(self, pids: set[int]) -> list[Key]:
@@ -308,11 +365,17 @@ class Reading:
         """The pages that come free when all of these end."""
         loose = self.together("anon", pids) | self.together("loose", pids)
         alone = loose & self.mapped_alone(pids, whole)
-        return len(alone) + sum(self.objects[key].pages for key in self.held_alone(pids))
+        held = self.held_alone(pids)
+        return (
+            len(alone) + self.unmapped(pids, whole) + sum(self.objects[key].pages for key in held)
+        )
 
     def tree(self, pids: set[int], whole: set[int]) -> int:
-        """The pages that these have in their page tables, or that only they hold in an object."""
-        pages = len(self.together("frames", pids))
+        """The pages that these have in their page tables, or that only they keep from being free.
+
+        Those are in a memory object, or in a huge page.
+        """
+        pages = len(self.together("frames", pids)) + self.unmapped(pids, whole)
         for key in self.held_alone(pids):
             mapped = (self.memories[pid].objects.get(key, set()) for pid in whole)
             pages += self.objects[key].pages - len(set().union(*mapped))
@@ -359,7 +422,7 @@ def read(pids: list[int]) -> Reading:
             spaces.append({pid})
     frames = (memory.frames for memory in memories.values())
     mapped = mapcounts(set().union(*frames))
-    return Reading(memories, spaces, mapped, objects=all_objects())
+    return Reading(memories, spaces, mapped, objects=all_objects(), huge_pages=partly_mapped())
 
 
 def count(pids: list[int]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from building import (
     map_huge,
     map_memory,
     move,
+    share,
     touch,
     unmap,
     wait_until,
@@ -36,6 +37,7 @@ from building import (
 )
 
 HUGE_PAGES = HUGE // PAGE
+SOME = HUGE_PAGES // 32  # pages: a part of a huge page, whatever its size
 
 # ---- Huge pages -----------------------------------------------------------------
 
@@ -129,6 +131,126 @@ def folios(kib: str) -> None:
     fork(leaver)
     write(areas[0], range(0, size // PAGE, 3), 8)
     advise(areas[2], 11 * PAGE, MADV_DONTNEED)
+
+
+def drop(memory: int, pages: range) -> None:
+    """Give neighbouring pages back, as malloc and others do."""
+    advise(memory + pages.start * PAGE, len(pages) * PAGE, MADV_DONTNEED)
+
+
+def emptied() -> None:
+    """Pages of huge pages that nobody maps any more: missing in TREE and FREED?
+
+    Of the first the head stays, of others a page further on, the last one, half of it; one is
+    unmapped in the middle, and one is whole.  A child has its own.
+    """
+
+    def partly() -> None:
+        memory = map_huge(6 * HUGE)
+        write(memory, range(6 * HUGE_PAGES))
+        drop(memory, range(1, HUGE_PAGES))
+        drop(memory + HUGE, range(5 * SOME))
+        drop(memory + HUGE, range(5 * SOME + 1, HUGE_PAGES))
+        drop(memory + 2 * HUGE, range(HUGE_PAGES - 1))
+        drop(memory + 3 * HUGE, range(HUGE_PAGES // 2, HUGE_PAGES))
+        unmap(memory + 4 * HUGE + SOME * PAGE, 20 * SOME * PAGE)
+
+    partly()
+    fork(partly)
+
+
+def emptied_moved() -> None:
+    """Huge pages that are partly mapped at other places than their own: missing?
+
+    What is left of each is moved, that of the last in two parts; a child drops one of them.
+    """
+    memory, elsewhere = map_huge(3 * HUGE), map_memory(3 * HUGE)
+    write(memory, range(3 * HUGE_PAGES))
+    last = 2 * HUGE_PAGES
+    moves = [(1, 6, 0), (HUGE_PAGES, 1, 7), (last + SOME, 2, 9), (last + 9 * SOME, 3, 12)]
+    for first, number, to in moves:
+        move(memory + first * PAGE, number * SOME * PAGE, elsewhere + (to * SOME + 1) * PAGE)
+    unmap(memory, 3 * HUGE)
+    fork(lambda: unmap(elsewhere + (9 * SOME + 1) * PAGE, 2 * SOME * PAGE))
+
+
+def emptied_branches() -> None:
+    """What nobody maps of a huge page: credited to the lowest row above all that map the rest?
+
+    Of several that were shared by fork, all have dropped some pages, and each has others left:
+    both children; a child and its child; one alone; that child, of one that it wrote to.
+    """
+    memory = map_huge(5 * HUGE)
+    write(memory, range(5 * HUGE_PAGES))
+
+    def first() -> None:
+        for which in range(4):
+            drop(memory + which * HUGE, range(3 * SOME))
+        write(memory + 4 * HUGE, [2], 3)
+        fork(lambda: drop(memory + HUGE, range(12 * SOME, HUGE_PAGES)))
+        drop(memory + HUGE, range(9 * SOME))
+        drop(memory + 3 * HUGE, range(HUGE_PAGES))
+
+    def second() -> None:
+        drop(memory, range(18 * SOME))
+        drop(memory + HUGE, range(HUGE_PAGES))
+        drop(memory + 2 * HUGE, range(HUGE_PAGES))
+        drop(memory + 3 * HUGE, range(6 * SOME, HUGE_PAGES))
+        drop(memory + 4 * HUGE, range(4))
+
+    fork(first)
+    fork(second)
+    unmap(memory, 4 * HUGE)
+    drop(memory + 4 * HUGE, range(1, 2 * SOME))
+
+
+def emptied_twins() -> None:
+    """Huge pages that are partly mapped, of processes that share an address space: counted twice?
+
+    The mappings are the kernel's once; both rows have them.
+    """
+    memory = map_huge(3 * HUGE)
+    write(memory, range(3 * HUGE_PAGES))
+    drop(memory, range(1, HUGE_PAGES))
+    drop(memory + HUGE, range(6 * SOME))
+    fork()
+    share()
+
+
+def emptied_swapped() -> None:
+    """Huge pages that are partly mapped, of which parts were swapped out: counted still?"""
+    memory = map_huge(4 * HUGE)
+    write(memory, range(4 * HUGE_PAGES))
+    for which in range(3):
+        drop(memory + which * HUGE, range(6 * SOME, HUGE_PAGES))
+    advise(memory + HUGE, 3 * SOME * PAGE, MADV_PAGEOUT)
+    advise(memory + 3 * HUGE, HUGE, MADV_PAGEOUT)
+    touch(memory + HUGE, range(SOME))
+    touch(memory + 3 * HUGE, range(SOME))
+    fork(lambda: drop(memory + 2 * HUGE, range(SOME)))
+
+
+def folios_emptied(kib: str) -> None:
+    """Multi-size THP: what nobody maps of a large folio missing in TREE and FREED?
+
+    Of each folio a page is left, another one of each; of some a child has another.
+    """
+    step = int(kib) * 1024 // PAGE
+    size = HUGE_PAGES - step  # no room for a PMD-mapped one
+    memory = map_huge(HUGE)
+    unmap(memory + size * PAGE, step * PAGE)
+    write(memory, range(size))
+
+    def leave(which: int) -> None:
+        for at in range(0, size, step):
+            kept = at + (at // step + which) % step
+            drop(memory, range(at, kept))
+            if kept + 1 < at + step:
+                drop(memory, range(kept + 1, at + step))
+
+    fork(lambda: leave(1))
+    leave(0)
+    drop(memory, range(step))
 
 
 def tmpfs_huge() -> None:

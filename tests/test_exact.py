@@ -125,6 +125,11 @@ def has_slots_in_common(report: Report) -> object:
     return max(swaps) > 500 * PAGE and max(swaps) <= report["total"]["swap"] < sum(swaps)
 
 
+def has_unmapped(pages: int) -> Callable[[Report], object]:
+    """So many pages, at least, of huge pages that are mapped in part."""
+    return lambda report: report["total"]["tree"] - report["total"]["size"] >= pages * PAGE
+
+
 def has_hugetlb(report: Report) -> object:
     parent, child = report["processes"]
     return parent["size"] > parent["rss"] + 2 * HUGE and child["unique"] >= HUGE // PAGE
@@ -168,6 +173,11 @@ TRAPS = {
     "vforked_huge": Trap(512, "thp", kernel_has("AnonHugePages")),
     "huge_misplaced": Trap(2048, "thp", kernel_has("AnonHugePages")),
     "homeless": Trap(1024, "thp", kernel_has("AnonHugePages")),
+    "emptied": Trap(2 * 800, "thp", has_unmapped(2 * 1900)),
+    "emptied_moved": Trap(130, "thp", has_unmapped(1200)),
+    "emptied_branches": Trap(1000, "thp", has_unmapped(144)),
+    "emptied_twins": Trap(900, "thp", has_unmapped(500)),
+    "emptied_swapped": Trap(300, "thp,swap", has_unmapped(500)),
     "tmpfs_huge": Trap(3 * 512, "", kernel_has("ShmemPmdMapped")),
     **{f"anything {seed}": Trap(1000, "thp") for seed in (3, 7, 23)},
 }
@@ -176,22 +186,23 @@ TRAPS = {
 @pytest.mark.parametrize("name", TRAPS)
 def test_scene(name: str, scene: Build, request: pytest.FixtureRequest) -> None:
     trap = TRAPS[name]
-    if trap.setting:
-        request.getfixturevalue(trap.setting)
+    for fixture in filter(None, trap.setting.split(",")):
+        request.getfixturevalue(fixture)
     report = compare_parts(name, scene(name))
     assert report["total"]["frames"] >= trap.frames
     assert trap.proof(report)
 
 
 @pytest.mark.parametrize("kib", [16, 64, 1024])
-def test_multi_size_huge_pages(kib: int, scene: Build) -> None:
+@pytest.mark.parametrize("name", ["folios", "folios_emptied"])
+def test_multi_size_huge_pages(name: str, kib: int, scene: Build) -> None:
     directory = f"/sys/kernel/mm/transparent_hugepage/hugepages-{kib}kB"
     with setting(f"{directory}/enabled", "madvise"):
         allocated = Path(f"{directory}/stats/anon_fault_alloc")
         before = int(allocated.read_text())
-        pid = scene(f"folios {kib}")
+        pid = scene(f"{name} {kib}")
         assert int(allocated.read_text()) > before
-        compare_parts(f"folios {kib}", pid)
+        compare_parts(f"{name} {kib}", pid)
 
 
 # ---- Sets of trees --------------------------------------------------------------
