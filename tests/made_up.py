@@ -17,15 +17,17 @@ import memuse
 PRESENT, SWAPPED, OF_FILE, GUARD, WRITE_PROTECTED, EXCLUSIVE, SOFT_DIRTY = (
     1 << bit for bit in (63, 62, 61, 58, 57, 56, 55)
 )
-ANON, NOPAGE, THP, ZERO_PAGE = (1 << bit for bit in (12, 20, 22, 24))  # in kpageflags
+# In kpageflags.
+ANON, HEAD, TAIL, NOPAGE, THP, ZERO_PAGE = (1 << bit for bit in (12, 15, 16, 20, 22, 24))
 # PFNs: the zero page, the huge one, device memory, and what anyone may map.
-ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE_FRAMES, HUGE_FILES, OWN = (
-    0x3001, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x60000, 0x80000,
+ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE_FRAMES, HUGE_FILES, FOLIOS, OWN = (
+    0x3001, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x60000, 0x70000, 0x80000,
 )  # fmt: skip
 POOL, HUGE_POOL = 0x1000, 8  # so many of them; so many huge pages
+FOLIO = 16  # pages of a multi-size huge page
 FIRST_PID = 5_000_001  # beyond PID_MAX_LIMIT: certainly nobody
 KINDS = "nothing private shared file file_alone zero huge_zero device swap marker guard huge part"
-KINDS += " huge_file huge_untold"
+KINDS += " huge_file huge_untold folio"
 
 Run = tuple[str, int, int]  # a kind, a number of pages, and where in the pool they begin
 Words = tuple[int, list[int]]  # the number of the first, and they and those after it
@@ -55,6 +57,7 @@ class MadeUp(memuse.Machine):
             directory = Path(self.sysfs, "kernel/mm/transparent_hugepage")
             directory.mkdir(parents=True)
             (directory / "hpage_pmd_size").write_text(f"{pmd_pages * page_size}\n")
+            self.partly_mapped = self.say_partly_mapped("hugepages-2048kB", "1")
         self._add_memuse()
         self._write_flags()
 
@@ -88,10 +91,30 @@ class MadeUp(memuse.Machine):
     def _write_flags(self) -> None:
         pools = [(ZERO, ZERO_PAGE, 1), (HUGE_ZERO, ZERO_PAGE, self.pmd_pages)]
         pools += [(DEVICE, NOPAGE, POOL), (SHARED, ANON, POOL)]
-        pools += [(HUGE_FRAMES, ANON | THP, HUGE_POOL * self.pmd_pages)]
         pools += [(HUGE_FILES, THP, 2 * self.pmd_pages)]
         runs = [(first, [flag] * number) for first, flag, number in pools]
+        for pages in self._huge_pages():
+            tails = [ANON | THP | TAIL] * (len(pages) - 1)
+            runs.append((pages[0], [ANON | THP | HEAD, *tails]))
         self._write_words(self.root / "kpageflags", runs, (1 << 20) + 512)
+
+    def say_partly_mapped(self, name: str, number: str) -> Path:
+        """Say how many huge pages of a size are partly mapped; in this file."""
+        directory = Path(self.sysfs, "kernel/mm/transparent_hugepage", name, "stats")
+        directory.mkdir(parents=True)
+        file = directory / "nr_anon_partially_mapped"
+        file.write_text(f"{number}\n")
+        return file
+
+    def _huge_pages(self) -> list[range]:
+        """The PFNs of each anonymous one."""
+        if not self.pmd_pages:
+            return []
+        ends = HUGE_FRAMES + HUGE_POOL * self.pmd_pages, FOLIOS + POOL
+        found = [
+            range(at, at + self.pmd_pages) for at in range(HUGE_FRAMES, ends[0], self.pmd_pages)
+        ]
+        return found + [range(at, at + FOLIO) for at in range(FOLIOS, ends[1], FOLIO)]
 
     def _add_memuse(self) -> None:
         """The process that memuse itself is there, which maps some of a file, too."""
@@ -120,6 +143,7 @@ class MadeUp(memuse.Machine):
         self._write_stat(pid, parent or 1)
         self.mine: set[int] = set()  # huge pages that it has as such
         self.parts: set[int] = set()  # those of which it has some pages, as others may
+        self.of_folios: set[int] = set()  # pages that it has of them
         memory = self.memories[pid] = reference.Memory(parent or 1)
         lines, tables, at = [], [], 1 << 20
         for of_file, gap, content in [*areas, (False, 300, [("private", 9, 0)])]:  # its stack
@@ -168,6 +192,11 @@ class MadeUp(memuse.Machine):
             return [PRESENT | OF_FILE | FILES + p for p in pages]
         if kind == "anew":  # a file's no more
             return [PRESENT | FILES + p for p in pages]
+        if kind == "folio" and self.pmd_pages:  # no page of it is mapped twice by one process
+            of_folios = [FOLIOS + p % POOL for p in pages]
+            entries = [0 if pfn in self.of_folios else PRESENT | pfn for pfn in of_folios]
+            self.of_folios.update(of_folios)
+            return entries
         if kind == "zero":
             return [PRESENT | ZERO] * length
         if kind == "device" and file:  # only drivers' files map any
@@ -204,7 +233,7 @@ class MadeUp(memuse.Machine):
             return [0] * length
         self.parts.add(number)
         others = len(pages) - 1
-        return [PRESENT | first + 1 + (base + i) % others for i in range(length)]
+        return [PRESENT | first + 1 + (base + i) % others for i in range(min(length, others))]
 
     def finish(self, with_outsiders: bool = False) -> reference.Reading:
         """What is to be counted, once all processes are there."""
@@ -220,10 +249,19 @@ class MadeUp(memuse.Machine):
                 )
                 mapped[pfn] += OUTSIDERS[pfn % len(OUTSIDERS)] if anyone else 0
         counts = mapped + Counter(self.mapped_by_memuse)
-        self._write_words(self.root / "kpagecount", runs_of(counts), max(counts) + 512)
+        end = max(counts) + max(512, self.pmd_pages)
+        self._write_words(self.root / "kpagecount", runs_of(counts), end)
+        huge_pages = []
+        for pages in self._huge_pages():
+            of_it = [pfn for pfn in pages if mapped[pfn]]
+            mappings = sum(mapped[pfn] for pfn in of_it)
+            if 0 < len(of_it) < len(pages):
+                huge_pages.append(reference.HugePage(of_it, mappings, len(pages) - len(of_it)))
         for pid in gone | self.torn:  # others see what they map, memuse does not
             self.memories[pid] = reference.Memory(self.memories[pid].parent)
-        return reference.Reading(self.memories, self.spaces, mapped, self.page_size)
+        reading = reference.Reading(self.memories, self.spaces, mapped, self.page_size)
+        reading.huge_pages = huge_pages
+        return reading
 
 
 def runs_of(words: dict[int, int]) -> list[Words]:
@@ -244,7 +282,7 @@ def add_entry(memory: reference.Memory, entry: int) -> None:
     pfn = entry & (1 << 55) - 1
     if entry & PRESENT:
         if pfn >= SHARED:  # neither of the zero pages, nor a device's
-            of_file = entry & OF_FILE or HUGE_FILES <= pfn < OWN
+            of_file = entry & OF_FILE or HUGE_FILES <= pfn < FOLIOS
             (memory.file if of_file else memory.anon).add(pfn)
             memory.mappings.append(pfn)
     elif entry & SWAPPED and not entry & GUARD and entry & 31 < 23:

@@ -138,12 +138,16 @@ def drop(memory: int, pages: range) -> None:
     advise(memory + pages.start * PAGE, len(pages) * PAGE, MADV_DONTNEED)
 
 
-def emptied() -> None:
+def emptied(times: str = "1") -> None:
     """Pages of huge pages that nobody maps any more: missing in TREE and FREED?
 
     Of the first the head stays, of others a page further on, the last one, half of it; one is
-    unmapped in the middle, and one is whole.  A child has its own.
+    unmapped in the middle, and one is whole; and so as often as told.  A child has its own.
     """
+
+    def all_of_them() -> None:
+        for _ in range(int(times)):
+            partly()
 
     def partly() -> None:
         memory = map_huge(6 * HUGE)
@@ -155,8 +159,8 @@ def emptied() -> None:
         drop(memory + 3 * HUGE, range(HUGE_PAGES // 2, HUGE_PAGES))
         unmap(memory + 4 * HUGE + SOME * PAGE, 20 * SOME * PAGE)
 
-    partly()
-    fork(partly)
+    all_of_them()
+    fork(all_of_them)
 
 
 def emptied_moved() -> None:

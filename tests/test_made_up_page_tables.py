@@ -73,7 +73,8 @@ ABOUT = {
     "marker": "migration, poison and other markers counted as swap?",
     "guard": "guard pages counted as swap?",
     "huge": "huge page: counted as a whole?",
-    "part": "part of a huge page: counted once?",
+    "part": "part of a huge page: counted once, and what nobody maps in TREE and FREED?",
+    "folio": "parts of multi-size huge pages: what nobody maps in TREE and FREED?",
     "huge_file": "huge page of a file: counted once?",
     "huge_untold": "huge page of a file, of which its entries do not tell: file, counted once?",
 }

@@ -68,6 +68,38 @@ def test_a_kernel_without_huge_pages_names_no_size_of_them(forked: int) -> None:
     compare("Refusing ENOENT hpage_pmd_size", "forked", forked)
 
 
+# ---- Huge pages that are partly mapped ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statistics", "vmstat", "looked_for"),
+    [
+        (["0", "0"], "thp_deferred_split_page 7", False),
+        (["0", "2"], "thp_deferred_split_page 0", True),
+        ([], "thp_deferred_split_page 0", False),  # before Linux 6.12
+        ([], "thp_deferred_split_page 7", True),
+        ([], "nr_free_pages 7", False),
+    ],
+)
+def test_huge_pages_are_looked_up_where_some_may_be_partly_mapped(
+    statistics: list[str], vmstat: str, looked_for: bool, tmp_path: Path
+) -> None:
+    machine = MadeUp(tmp_path)
+    machine.add([(False, 0, [("part", 100, 0), ("folio", 30, 0)])])
+    reading = machine.finish()
+    (unmapped, other) = (page.unmapped for page in reading.huge_pages)
+    machine.partly_mapped.unlink()
+    for number, text in enumerate(statistics):
+        machine.say_partly_mapped(f"hugepages-{number}kB", text)
+    (tmp_path / "vmstat").write_text(f"nr_mapped 3\n{vmstat}\n")
+    result = inside(machine, "--json", "-o", "size,tree,freed", FIRST_PID)
+    assert (result.returncode, result.stderr) == (0, "")
+    total = json.loads(result.stdout)["total"]
+    beyond = (total["tree"] - total["size"]) // machine.page_size
+    assert beyond == (unmapped + other if looked_for else 0)
+    assert total["freed"] == total["tree"]
+
+
 # ---- What is refused, or missing ------------------------------------------------
 
 
