@@ -142,6 +142,25 @@ class Late(MadeUp):
         return super().read(path, directory, at_most)
 
 
+class Splitting(MadeUp):
+    """One that splits all huge pages once their mapcounts were read."""
+
+    def words(self, fd: memuse.Descriptor, first: int, number: int) -> bytes:
+        words = super().words(fd, first, number)
+        if fd.path.endswith("kpagecount"):
+            (self.root / "kpageflags").write_bytes(bytes(1 << 16))
+        return words
+
+
+def test_a_huge_page_that_is_split_meanwhile_holds_nothing_more(tmp_path: Path) -> None:
+    machine = Splitting(tmp_path)
+    machine.add([(False, 0, [("part", 100, 0)])])
+    machine.finish()
+    result = inside(machine, "--json", "-o", "size,tree,freed", FIRST_PID)
+    total = json.loads(result.stdout)["total"]
+    assert total["tree"] == total["freed"] == total["size"]
+
+
 def test_a_process_that_is_read_again_is_not_its_own_sibling(tmp_path: Path) -> None:
     machine = Late(tmp_path)
     machine.add(OTHER_PAGES[0])
