@@ -400,12 +400,12 @@ class Machine:
         """What a link in /proc leads to, which must be on a file system that is memory."""
         return os.stat(path)
 
-    def memory_devices(self) -> set[bytes]:
-        """The devices of memory that the kernel itself has mounted, as maps shows them."""
+    def kernel_mounts(self) -> dict[bytes, bytes]:
+        """The mounts of memory that only the kernel sees: as memory_mounts()."""
         sizes, folder = [0], f"{self.sysfs}/kernel/mm/hugepages"
         with contextlib.suppress(FileNotFoundError):  # a kernel without huge pages
             sizes += [int(name[10:-2]) << 10 for name in self.listed(folder)]
-        devices = set()
+        mounts = {}
         for size in sizes:
             flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
             if size:
@@ -414,8 +414,15 @@ class Machine:
                 before = self.read("/proc/self/maps")
                 with mmap.mmap(-1, size or mmap.PAGESIZE, flags=flags):
                     lines = {*self.read("/proc/self/maps").splitlines()} - {*before.splitlines()}
-                devices |= {line.split()[3] for line in lines if b"(deleted)" in line}
-        return devices
+                    for line in (line.split() for line in lines if b"(deleted)" in line):
+                        with self.opened(f"/proc/self/map_files/{line[0].decode()}") as fd:
+                            mounts[self.mount_id("/proc/self", str(int(fd)))] = line[3]
+        return mounts
+
+    def mount_id(self, process: str, fd: str) -> bytes:
+        """The ID of the mount that an open file is on (proc.rst, 3.8)."""
+        fdinfo = self.read(f"{process}/fdinfo/{fd}")
+        return fdinfo.partition(b"\nmnt_id:\t")[2].partition(b"\n")[0]
 
     def opened(self, path: str, directory: Descriptor | None = None) -> Descriptor:
         """A file, or a directory; the path may be relative to one that is open."""
@@ -688,27 +695,43 @@ class Memory:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.devices: set[bytes] | None = None  # of the kernel's own mounts, once asked for
-        self.mounts: dict[
-            bytes, dict[bytes, bytes]
-        ] = {}  # of each mount namespace: memory_mounts()
+        # As memory_mounts(); a mount's ID is the same for all, whatever namespace they live in.
+        self.mounts: dict[bytes, bytes] = {}
+        self.devices: set[bytes] = set()  # that are memory
+        self.views: set[tuple[bytes, bytes]] = set()  # whose mounts are known
+        self.knows_all = False
 
-    def mounts_of(self, process: str) -> dict[bytes, bytes]:
-        """Those of a process, by the path of its directory in /proc."""
-        namespace = self.machine.link(f"{process}/ns/mnt")
-        if namespace not in self.mounts:
-            self.mounts[namespace] = memory_mounts(self.machine.read(f"{process}/mountinfo"))
-        return self.mounts[namespace]
+    def _know(self, mounts: dict[bytes, bytes]) -> None:
+        self.mounts.update(mounts)
+        self.devices.update(filter(None, mounts.values()))
+
+    def _look(self, process: str) -> None:
+        """Know the mounts that a process sees: of its namespace, those below its root."""
+        with contextlib.suppress(OSError):
+            view = self.machine.link(f"{process}/ns/mnt"), self.machine.link(f"{process}/root")
+            if view not in self.views:
+                self._know(memory_mounts(self.machine.read(f"{process}/mountinfo")))
+                self.views.add(view)
+
+    def _looks(self, process: str) -> Iterator[None]:
+        """Know more mounts at each step: the kernel's own, the process's, everybody's.
+
+        What a process has open since before chroot or unshare is on none that it sees.
+        """
+        if not self.mounts:
+            self._know(self.machine.kernel_mounts())
+        yield
+        self._look(process)
+        yield
+        if not self.knows_all:
+            self.knows_all = True
+            for pid in self.machine.pids():
+                self._look(f"{self.machine.proc}/{pid}")
+        yield
 
     def is_memory(self, device: bytes, process: str) -> bool:
-        """Whether this is a device of memory, mounted by the kernel or where the process lives."""
-        if self.devices is None:
-            self.devices = self.machine.memory_devices()
-        if device in self.devices:
-            return True
-        with contextlib.suppress(OSError):
-            return device in self.mounts_of(process).values()
-        return False
+        """Whether a device is memory, of which a process (its directory in /proc) maps a file."""
+        return any(device in self.devices for _ in self._looks(process))
 
     def open_files(self, process: str) -> dict[bytes, str]:
         """Files of memory without a name that a process has open, and a link to each.
@@ -719,17 +742,15 @@ class Memory:
         for fd in self.machine.listed(f"{process}/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 link = f"{process}/fd/{fd}"
-                name = self.machine.link(link)
-                if is_unnamed(name) and self._is_on_memory(name, process, fd):
+                if is_unnamed(self.machine.link(link)) and self._is_on_memory(process, fd):
                     stat = self.machine.stat_memory(link)
                     if S_ISREG(stat.st_mode):
                         found[key_of(stat)] = link
         return found
 
-    def _is_on_memory(self, name: bytes, process: str, fd: str) -> bool:
-        mount = re.search(rb"^mnt_id:\s+(\d+)", self.machine.read(f"{process}/fdinfo/{fd}"), re.M)
-        device = self.mounts_of(process).get(mount[1]) if mount else None  # the kernel's own mount
-        return bool(device) or (device is None and name.startswith(b"/memfd:"))
+    def _is_on_memory(self, process: str, fd: str) -> bool:
+        mount = self.machine.mount_id(process, fd)
+        return any(mount in self.mounts for _ in self._looks(process)) and bool(self.mounts[mount])
 
 
 def key_of(stat: os.stat_result) -> bytes:

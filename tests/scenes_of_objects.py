@@ -472,3 +472,37 @@ def mounted() -> None:
 
     fork(branch)
     fork(lambda: write(map_memory(MIB, ANON), range(100)))
+
+
+def mounted_elsewhere() -> None:
+    """Unlinked files on a mount that a holder of them does not see: held by nobody?
+
+    They were opened before unshare or chroot: one is only open, one only mapped, and two are mapped
+    in one process and open in another.
+    """
+    if not os.path.ismount("/dev/shm"):
+        raise Unable("no tmpfs at /dev/shm")
+    first, second, third = (file_in("/dev/shm", pages) for pages in (1024, 1536, 2048))
+
+    def in_a_namespace_of_its_own() -> None:
+        os.close(second)
+        new_namespace(CLONE_NEWNS)
+
+    def below_another_root() -> None:
+        own = file_in("/dev/shm", 512)
+        view(own, 0, 512)
+        touch(view(second, 0, 1536), range(100))
+        for file in (own, second, third):
+            os.close(file)
+        os.chroot("/var")
+
+    def as_usual() -> None:
+        touch(view(third, 0, 2048), range(200))
+        for file in (second, third):
+            os.close(file)
+
+    fork(in_a_namespace_of_its_own)
+    os.close(first)
+    fork(below_another_root)
+    fork(as_usual)
+    os.close(third)

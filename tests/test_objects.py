@@ -55,6 +55,7 @@ HELD = {
     "tmpfs_files": Held(0),
     "disk_files": Held(0),
     "mounted": Held(1900 + 1536 + 800),
+    "mounted_elsewhere": Held(1024 + 512 + 1436 + 1848),
 }
 
 
@@ -75,6 +76,7 @@ KILLED = {
     **{name: [0, 1, 2] for name in ("shared_filled", "memfd_windows", "memfd_open")},
     **{name: [0, 1, 2] for name in ("memfd_open_above", "memfd_private", "memfd_of_sisters")},
     **{name: [0, 1, 2] for name in ("sysv_removed", "sysv_elsewhere", "mounted", "memfd_huge")},
+    "mounted_elsewhere": [0, 1, 2],
     **{name: [1, 2] for name in ("sysv_kept", "tmpfs_files", "disk_files")},
     **{name: [0, 1] for name in ("memfd_of_twins", "memfd_of_thread", "memfd_swapped")},
     **{name: [0, 1] for name in ("forked", "cousins", "lopsided")},
