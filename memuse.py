@@ -740,7 +740,7 @@ class Memory:
         """
         found = {}
         for fd in self.machine.listed(f"{process}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            with contextlib.suppress(OSError):  # closed meanwhile, or its path has over 4,096 bytes
                 link = f"{process}/fd/{fd}"
                 if is_unnamed(self.machine.link(link)) and self._is_on_memory(process, fd):
                     stat = self.machine.stat_memory(link)

@@ -17,6 +17,7 @@ from conftest import (
     has_no_differences,
     measured_apart,
     needs_root,
+    ready,
     simulated,
     standing,
     state_of,
@@ -208,3 +209,24 @@ def test_nothing_is_looked_at_but_memory(scene: Build, tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert simulated(f"LooksLogged {log}", "--json", pid).returncode == 0
     assert log.read_text() == ""
+
+
+# Has a file open whose path is longer than the kernel tells, and after it a memory object.
+DEEP = """
+import os, sys
+os.chdir(sys.argv[1])
+for _ in range(20):
+    os.mkdir("d" * 250)
+    os.chdir("d" * 250)
+file = os.open("file", os.O_CREAT | os.O_RDWR)
+memfd = os.memfd_create("object")
+os.write(memfd, bytes(1 << 20))
+print("ready", flush=True)
+os.read(0, 1)
+"""
+
+
+def test_an_open_file_with_a_path_that_is_too_long_costs_nothing(tmp_path: Path) -> None:
+    with ready(DEEP, tmp_path) as process:
+        total = measured_apart(process.pid)["total"]
+    assert total["tree"] - total["size"] == 1 << 20
