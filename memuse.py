@@ -167,6 +167,7 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))  # of th
 # ---- Parsing ------------------------------------------------------------------------------------
 
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
+SHARED_SWAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ...s .*\n(?:.*\n)*?Swap: +(\d+)", re.M)
 SYSTEM_V = b"/SYSV"  # how names of its segments begin
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read
@@ -289,6 +290,17 @@ def layout_of(maps: bytes, page_size: int, ipc: bytes) -> tuple[list[Pair], list
 def is_unnamed(name: bytes) -> bool:
     """Whether a mapping or link with this name may be of a file without a name."""
     return name.endswith(b" (deleted)") or name.startswith((SYSTEM_V, b"[anon_shmem:"))
+
+
+def swap_of_shared(smaps: bytes, page_size: int) -> dict[Pair, int]:
+    """In /proc/PID/smaps (proc.rst): bytes that are swapped out of each shared mapping's file.
+
+    By its first page and its end.  Of a private one, the figure has swapped copies as well.
+    """
+    return {
+        (int(low, 16) // page_size, int(high, 16) // page_size): int(kib) * 1024
+        for low, high, kib in SHARED_SWAP.findall(smaps)
+    }
 
 
 def memory_mounts(mountinfo: bytes) -> dict[bytes, bytes]:
@@ -1417,6 +1429,7 @@ class Objects:
     def __init__(self, machine: Machine, kernel: Kernel, memory: Memory) -> None:
         self.machine, self.kernel, self.memory = machine, kernel, memory
         self.found: dict[bytes, MemoryObject] = {}
+        self.swap: dict[str, dict[Pair, int]] = {}  # by process: swap_of_shared()
         self.refused = ""  # why a file could not be looked at
 
     def add(self, process: Process, sorts: dict[bytes | None, int]) -> None:
@@ -1475,7 +1488,7 @@ class Objects:
 
     def _size(self, held: MemoryObject) -> int:
         """Its memory in bytes, in page tables or not; 0 if it is gone, or has a name."""
-        for link, vma in held.links.items():
+        for link in held.links:
             try:
                 stat = self.machine.stat_memory(link)
             except PermissionError as error:
@@ -1484,21 +1497,30 @@ class Objects:
                 pass  # its holder ended, or unmapped it
             else:
                 named = stat.st_nlink and not held.is_system_v
-                return 0 if named else max(0, stat.st_blocks * 512 - self._swapped(link, vma, stat))
+                swapped = self._swapped(held, stat.st_size)
+                return 0 if named else max(0, stat.st_blocks * 512 - swapped)
         return 0
 
-    def _swapped(self, link: str, vma: Vma | None, stat: os.stat_result) -> int:
-        """How much of it is swapped out, in bytes, where a VMA has all of it."""
+    def _swapped(self, held: MemoryObject, size: int) -> int:
+        """How much of it is swapped out, in bytes, where a shared mapping has all of its size."""
+        page = self.machine.page_size
         with contextlib.suppress(OSError):
-            if vma and self.machine.read(f"{self.machine.proc}/swaps").count(b"\n") > 1:
-                process, _, bounds = link.partition("/map_files/")
-                smaps = self.machine.read(f"{process}/smaps")
-                whole = vma.start + vma.shift == 0
-                if whole and (vma.end - vma.start) * self.machine.page_size >= stat.st_size:
-                    at = re.search(rb"^0*%s " % bounds.replace("-", "-0*").encode(), smaps, re.M)
-                    text = smaps[at.start() :].partition(b"\nSwap:")[2] if at else b""
-                    return int(text.split(None, 1)[0]) * 1024 if text else 0
+            if self.machine.read(f"{self.machine.proc}/swaps").count(b"\n") > 1:
+                for link, vma in held.links.items():
+                    if vma and vma.start + vma.shift == 0 and (vma.end - vma.start) * page >= size:
+                        swap = self._swap_of(link.partition("/map_files/")[0])
+                        if (vma.start, vma.end) in swap:
+                            return swap[vma.start, vma.end]
         return 0
+
+    def _swap_of(self, process: str) -> dict[Pair, int]:
+        """What is swapped out of each of its shared mappings; its smaps are read only once."""
+        if process not in self.swap:
+            self.swap[process] = {}
+            with contextlib.suppress(OSError):  # it ended
+                smaps = self.machine.read(f"{process}/smaps")
+                self.swap[process] = swap_of_shared(smaps, self.machine.page_size)
+        return self.swap[process]
 
     def _is_mapped_outside(self, held: MemoryObject) -> bool:
         """Whether a page of it is mapped more often than the set maps it: a cheap question."""

@@ -293,7 +293,8 @@ def memfd_huge() -> None:
 def memfd_swapped() -> None:
     """Memory of an object that is swapped out: in TREE and FREED, where it is no memory?
 
-    Half of a memfd, that is mapped whole, and some that only a child has.
+    Half of a memfd, that is mapped whole, and some that only a child has; of another, all but
+    private copies is in memory.  One is first met open, and privately mapped, then mapped whole.
     """
     file = os.memfd_create("swapped")
     os.ftruncate(file, 64 * MIB)
@@ -306,7 +307,27 @@ def memfd_swapped() -> None:
         write(own, range(16 * MIB // PAGE))
         advise(own, 4 * MIB, MADV_PAGEOUT)
 
+    def opened(own: int) -> None:
+        def mapper() -> None:
+            whole = view(own, 0, 2048)
+            os.close(own)
+            touch(whole, range(2048))
+            advise(whole, 4 * MIB, MADV_PAGEOUT)
+
+        view(own, 100, 100)
+        fork(mapper)
+
+    def another() -> None:
+        own = memfd(1024)
+        copied = view(own, 0, 1024, mmap.MAP_PRIVATE)
+        fork(lambda: touch(view(own, 0, 1024), range(1024)))
+        os.close(own)
+        write(copied, range(1024))
+        advise(copied, 2 * MIB, MADV_PAGEOUT)
+
     fork(child)
+    fork(another)
+    fork(lambda: opened(memfd(2048)))
 
 
 # ---- System V -------------------------------------------------------------------
