@@ -36,6 +36,8 @@ from building import (
 CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
 MS_PRIVATE, MS_REC = 1 << 18, 1 << 14
 MFD_HUGETLB = 4
+IO_URING_SETUP, IO_URING_REGISTER = 425, 427
+REGISTER_BUFFERS, REGISTER_FILES = 0, 2
 IPC_PRIVATE, IPC_CREAT, IPC_RMID = 0, 0o1000, 0
 
 libc.shmat.restype = ctypes.c_void_p
@@ -330,6 +332,39 @@ def memfd_swapped() -> None:
     fork(lambda: opened(memfd(2048)))
 
 
+# ---- What only the kernel holds -------------------------------------------------
+
+
+def unseen(how: str) -> None:
+    """Memfd that a child maps, and the kernel has for the parent: in whose FREED?
+
+    In flight: its descriptor is in a socket.  A ring: io_uring has the file, or its memory.
+    """
+    file = memfd(1536)
+    fork(lambda: [touch(view(file, 0, 1536), range(100)), os.close(file)])
+    if how == "in_flight":
+        import socket
+
+        pair = socket.socketpair()
+        socket.send_fds(pair[0], [b"file"], [file])
+        for end in pair:
+            end.detach()
+    else:
+        import struct
+
+        ring = libc.syscall(IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
+        if ring < 0:
+            raise Unable(f"io_uring: {os.strerror(ctypes.get_errno())}")
+        memory, size = view(file, 0, 1536), 1536 * PAGE
+        what, words = REGISTER_FILES, struct.pack("i", file)
+        if how == "ring_of_memory":
+            what, words = REGISTER_BUFFERS, struct.pack("NN", memory, size)
+        if libc.syscall(IO_URING_REGISTER, ring, what, words, 1):
+            raise Unable(f"io_uring's registration: {os.strerror(ctypes.get_errno())}")
+        unmap(memory, size)
+    os.close(file)
+
+
 # ---- System V -------------------------------------------------------------------
 
 
@@ -391,6 +426,19 @@ def sysv_kept() -> None:
     afterwards(lambda: libc.shmctl(shmid, IPC_RMID, None))
     fork(branch)
     fork(lambda: touch(attach(shmid), range(500)))
+
+
+def sysv_forced() -> None:
+    """System V segment that was not removed, but ends with the last who has it attached?
+
+    So it is where shm_rmid_forced is set, which is of a namespace.  What filled it has ended.
+    """
+    new_namespace(CLONE_NEWIPC)
+    with open("/proc/sys/kernel/shm_rmid_forced", "w") as forced:
+        forced.write("1")
+    memory = attach(segment(2048))
+    by_one_that_ends(lambda: write(memory, range(2048)))
+    fork(lambda: touch(memory, range(100)))
 
 
 def sysv_elsewhere() -> None:

@@ -15,9 +15,12 @@ import reference
 import scenes
 from conftest import (
     has_no_differences,
+    kill,
     measured_apart,
     needs_root,
     ready,
+    reported,
+    run_memuse,
     simulated,
     standing,
     state_of,
@@ -178,6 +181,40 @@ def pages_not_free() -> int:
     Path("/proc/sys/vm/stat_refresh").write_text("1")
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return -int(counts["nr_free_pages"]) - int(counts["nr_file_pages"])
+
+
+@pytest.mark.parametrize("how", ["in_flight", "ring_of_file", "ring_of_memory"])
+@pytest.mark.parametrize("branch", [0, 1])
+def test_what_only_the_kernel_holds_is_taken_for_freed(how: str, branch: int) -> None:
+    """A limit: /proc does not tell who has it so.  It comes free when that process ends, too."""
+    stays = [0, 1536][branch]
+    table = ["    FREED CAME FREE EXPECTED"]
+    for _ in range(5):
+        with standing(f"unseen {how}") as root:
+            said, came = killed(root, branch, pages_in_use)
+            came -= pinned(root)  # which is in no page cache any more
+        if abs(said - stays - came) <= ENOUGH:
+            return
+        table.append(f"{said:>9} {came:>9} {said - stays:>8}")
+    has_no_differences(f"memfd {how}: of FREED of {branch}, {stays} pages should stay:", table)
+
+
+def pinned(pid: int) -> int:
+    """The pages that a process has pinned, in page tables or not."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(kib) * 1024 // PAGE for kib in re.findall(r"VmPin:\s+(\d+)", status))
+
+
+def test_a_segment_that_ends_with_its_last_attachment_is_freed(scene: Build) -> None:
+    pid = scene("sysv_forced")
+    prefix = ["nsenter", f"--ipc=/proc/{pid}/ns/ipc"]
+    report = reported(run_memuse("--json", pid, prefix=prefix))
+    parent, child = (row["freed"] // PAGE for row in report["processes"])
+    assert child < 2048 < parent
+    before = once_quiet(pages_in_use)
+    for each in report["processes"]:
+        kill(each["pid"])
+    wait_for(lambda: before - pages_in_use() > 2048)
 
 
 # ---- What is refused, or gone ---------------------------------------------------
