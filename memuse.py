@@ -167,7 +167,7 @@ SWAP_TYPE_OF = bytes(low % (1 << SWAP_TYPE_BITS) for low in range(256))  # of th
 # ---- Parsing ------------------------------------------------------------------------------------
 
 MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+) *(.*)\n", re.M)
-SHARED_SWAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ...s .*\n(?:.*\n)*?Swap: +(\d+)", re.M)
+SHARED_SWAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ...s .*\n(?:.*\n)*?Swap: +(\d{1,15})", re.M)
 SYSTEM_V = b"/SYSV"  # how names of its segments begin
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read

@@ -146,6 +146,15 @@ SwapPss:               4 kB
 STATUS = b"Name:\tRss: 9 kB\nVmRSS:\t   3 kB\nVmPTE:\t      52 kB\nVmSwap:\t  1 kB\n"
 
 
+def test_swap_is_that_of_shared_mappings() -> None:
+    smaps = b"".join(
+        b"%x-%x rw-%s 00000000 00:01 7 /memfd:x (deleted)\nSwap:  %d kB\nSwapPss: 9 kB\n"
+        % (start * PAGE, (start + 2) * PAGE, kind, start)
+        for start, kind in [(1, b"s"), (4, b"p"), (8, b"s")]
+    )
+    assert memuse.swap_of_shared(smaps, PAGE) == {(1, 3): 1024, (8, 10): 8192}
+
+
 def test_sizes_are_those_of_a_field_or_of_several() -> None:
     sizes = memuse.sizes_of(memuse.ROLLUP, ROLLUP)
     assert sizes == {"rss": 11 << 10, "pss": 10 << 10, "uss": (9 + 8 + 7) << 10}
@@ -315,6 +324,7 @@ def parse(text: bytes) -> None:
     """Well-formed VMAs and sizes, or the one expected error."""
     for source in (memuse.ROLLUP, memuse.STATUS):
         assert all(size >= 0 for size in memuse.sizes_of(source, text).values())
+    assert all(size >= 0 for size in memuse.swap_of_shared(text, PAGE).values())
     with contextlib.suppress(memuse.Error):
         vmas = memuse.parse_maps(text, PAGE)
         assert all(isinstance(start + end, int) for start, end in memuse.areas_of(vmas))
