@@ -289,7 +289,7 @@ def layout_of(maps: bytes, page_size: int, ipc: bytes) -> tuple[list[Pair], list
 
 def is_unnamed(name: bytes) -> bool:
     """Whether a mapping or link with this name may be of a file without a name."""
-    return name.endswith(b" (deleted)") or name.startswith((SYSTEM_V, b"[anon_shmem:"))
+    return name.endswith(b" (deleted)") or name.startswith(b"[anon_shmem:")
 
 
 def swap_of_shared(smaps: bytes, page_size: int) -> dict[Pair, int]:

@@ -128,7 +128,20 @@ def test_other_lines_than_those_of_maps_are_an_error(line: bytes) -> None:
             memuse.parse_maps(text, PAGE)
 
 
-# ---- smaps_rollup, status, stat -------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "unnamed"),
+    [
+        (b"/SYSV00000000 (deleted)", True),
+        (b"/SYSV00000000", False),  # which any user can call a file in a root of his own
+        (b"[anon_shmem:x]", True),
+        (b"/dev/shm/x", False),
+    ],
+)
+def test_what_has_no_name_is_told_by_the_end_of_it(name: bytes, unnamed: bool) -> None:
+    assert memuse.is_unnamed(name) == unnamed
+
+
+# ---- smaps, smaps_rollup, status, stat ------------------------------------------
 
 ROLLUP = b"""\
 55d0c0a00000-7ffd00002000 ---p 00000000 00:00 0                          [rollup]
