@@ -218,7 +218,6 @@ class Part(NamedTuple):
     page: int  # the first one's: of the file, or of the address space
     entries: bytes  # little-endian
     chosen: bytes  # YES for each that is meant, at least one
-    by_mapcount: bool = False  # whether it is freed page by page, once nobody maps a page
 
     def pfns(self) -> list[int]:
         """The PFNs of the chosen entries."""
@@ -870,8 +869,8 @@ class Process:
         for kind in (ANON_OR_DEVICE, IN_SWAP):
             if kind in kinds:
                 chosen = kinds.translate(EQUALS[kind])
-                part = Part(None, page, entries, chosen, by_mapcount=kind == ANON_OR_DEVICE)
                 copies = kind == ANON_OR_DEVICE and vma.file
+                part = Part(None, page, entries, chosen)
                 self.parts[COPY_OR_DEVICE if copies else kind].append(part)
 
 
@@ -1129,12 +1128,12 @@ class Tree:
 class Visit:
     """One row's count in one Ledger, while it lasts."""
 
-    def __init__(self, row: int, shares_mm_with: int) -> None:
+    def __init__(self, row: int, shares_mm_with: int, by_mapcount: bool = False) -> None:
         self.row, self.shares_mm_with = row, shares_mm_with
-        # Else they were counted already, with another row of the same mm.
-        self.counts_mappings = shares_mm_with == NOBODY
+        # Which tell when a frame is freed.  Those of a shared mm are counted with its first row.
+        self.counts_mappings = by_mapcount and shares_mm_with == NOBODY
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
-        self.astray: list[tuple[int, bool]] = []  # PFNs away from their Blocks, and by_mapcount
+        self.astray: list[int] = []  # PFNs away from their Blocks
 
 
 class Block:
@@ -1172,9 +1171,9 @@ class Block:
         self.planes = [old ^ (old ^ new) & fill for old, new in zip(self.planes, planes)]
         self.first[row] = self.first.get(row, 0) | lanes
 
-    def see(self, visit: Visit, lanes: int, by_mapcount: bool) -> None:
+    def see(self, visit: Visit, lanes: int) -> None:
         """The visited row has the frames in these lanes."""
-        if visit.counts_mappings and by_mapcount:
+        if visit.counts_mappings:
             if self.additions % MAX_SUM == 0:
                 self.mapped.append(0)
             self.additions += 1
@@ -1238,7 +1237,6 @@ class Ledger:
         # An address space, by the last row that shares it: the first, and its private frames.
         self.spaces: dict[int, Pair] = {}
         self.frames_of: dict[bytes | None, int] = defaultdict(int)  # distinct ones of each file
-        self.by_mapcount = False  # whether any of its parts is freed page by page
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         rows = len(tree.parents)
         self.own, self.new, self.of_tree, self.freed = ([0] * rows for _ in range(4))
@@ -1249,21 +1247,18 @@ class Ledger:
         """Count a row's parts, and so many frames that only its address space has."""
         if private:
             self._count_private(visit, private)
-            self.by_mapcount = True
         for part in parts:
             before = visit.seen[NOBODY]
             self._count_part(visit, part)
             self.frames_of[part.file] += visit.seen[NOBODY] - before
-            self.by_mapcount |= part.by_mapcount
         if visit.astray:
-            for mark in {self.marks[pfn] for pfn, _ in visit.astray} - {SINGLE}:
+            for mark in {self.marks[pfn] for pfn in visit.astray} - {SINGLE}:
                 for place in self.marked.pop(mark):  # seldom more than one: there are 253 marks
                     self._dissolve(place)
-            for by_mapcount in (False, True):
-                pfns = [pfn for pfn, asked in visit.astray if asked == by_mapcount]
-                self._count_singly(visit, pfns, by_mapcount)
-        self.own[visit.row] = self.of_tree[visit.row] = sum(visit.seen.values())
-        self.new[visit.row] = visit.seen.pop(NOBODY, 0)
+            self._count_singly(visit, visit.astray)
+        self.own[visit.row] += sum(visit.seen.values())
+        self.of_tree[visit.row] += sum(visit.seen.values())
+        self.new[visit.row] += visit.seen.pop(NOBODY, 0)
         for other, number in visit.seen.items():
             self.of_tree[self.tree.common_ancestor(other, visit.row)] -= number
 
@@ -1283,7 +1278,7 @@ class Ledger:
             stop = low - lane + LANES
             high = part.chosen.rfind(YES, low, stop) + 1
             entries, chosen = part.entries[low * WORD : high * WORD], part.chosen[low:high]
-            piece = Part(part.file, part.page + low, entries, chosen, part.by_mapcount)
+            piece = Part(part.file, part.page + low, entries, chosen)
             place = part.file, group
             block = self.blocks.get(place)
             if not block and chosen.count(YES) > FEW and place not in self.dissolved:
@@ -1293,8 +1288,7 @@ class Ledger:
                 if max(len(block.first), len(block.last)) > MAX_ROWS:
                     self._dissolve(place)
             if chosen:
-                pfns = self._pfns(piece._replace(chosen=chosen))
-                self._count_singly(visit, pfns, part.by_mapcount)
+                self._count_singly(visit, self._pfns(piece._replace(chosen=chosen)))
             low = part.chosen.find(YES, stop)
 
     def _new_block(self, place: Place) -> Block:
@@ -1322,7 +1316,7 @@ class Ledger:
                 block.enter(visit.row, planes, entered)
                 here |= entered
         if here:
-            block.see(visit, here, part.by_mapcount)
+            block.see(visit, here)
         return as_bytes((lanes ^ here) >> up)
 
     def _pfns(self, part: Part) -> list[int]:
@@ -1332,14 +1326,14 @@ class Ledger:
             self.marks.resize(max(pfns) + MARKS_GROWTH)
         return pfns
 
-    def _count_singly(self, visit: Visit, pfns: list[int], by_mapcount: bool) -> None:
+    def _count_singly(self, visit: Visit, pfns: list[int]) -> None:
         """Count frames one by one; what is in a Block is astray."""
         row, seen, marks, singles = visit.row, visit.seen, self.marks, self.singles
-        mappings = int(visit.counts_mappings and by_mapcount)
+        mappings = int(visit.counts_mappings)
         for pfn in pfns:
             mark = marks[pfn]
             if mark > SINGLE:
-                visit.astray.append((pfn, by_mapcount))
+                visit.astray.append(pfn)
             elif mark != UNREAL:
                 records, at = singles[pfn // SINGLES], pfn % SINGLES * 3
                 if mark != SINGLE:
@@ -1376,8 +1370,8 @@ class Ledger:
                 first = unknown.find(0, end)
 
     def add_up(self, mapcounts: memoryview | None) -> None:
-        """All rows are counted: sum over subtrees; `freed` only with mapcounts."""
-        if mapcounts and self.by_mapcount:
+        """All rows are counted: sum over subtrees; what is freed frame by frame takes mapcounts."""
+        if mapcounts:
             for first, last, number in self._freed(mapcounts):
                 self.freed[self.tree.common_ancestor(first, last)] += number
         self.tree.add_up(self.of_tree)
@@ -1603,13 +1597,13 @@ class Census:
         """Count what a process has, and keep none of its parts."""
         whose, parts = (process.row, process.shares_mm_with), process.parts
         anon = chain(parts[ANON_OR_DEVICE], self._without_devices(parts[COPY_OR_DEVICE]))
-        self.anon.count(Visit(*whose), anon, process.private)
+        self.anon.count(Visit(*whose, by_mapcount=True), anon, process.private)
         by_sort: dict[int, list[Part]] = defaultdict(list)
         for part in parts[FILE_PAGE]:
             by_sort[self.sorts.get(part.file) or self._sort_of(process, part)].append(part)
         self.shmem.count(Visit(*whose), by_sort[SHARED_MEMORY])
-        freed = (part._replace(by_mapcount=True) for part in by_sort[FREED_BY_PAGE])
-        self.file.count(Visit(*whose), chain(by_sort[KEPT_IN_CACHE], freed))
+        self.file.count(Visit(*whose), by_sort[KEPT_IN_CACHE])
+        self.file.count(Visit(*whose, by_mapcount=True), by_sort[FREED_BY_PAGE])
         if self.partly_mapped:
             self.partly_mapped.count(process)
         if process.directory:  # else neither TREE nor FREED is wanted
@@ -1660,10 +1654,10 @@ class Census:
                 row = self.tree.common_ancestor(first, last)
                 self.anon.freed[row] += pages
                 self.anon.of_tree[row] += pages
-        asked = [ledger for ledger in (self.anon, self.file) if ledger.by_mapcount]
-        mapcounts = mapcounts_of(self.kernel, asked) if asked and "freed" in columns else None
+        asked = [self.anon, self.file] if FREED_BY_PAGE in self.sorts.values() else [self.anon]
+        mapcounts = mapcounts_of(self.kernel, asked) if "freed" in columns else None
         for ledger in (self.anon, self.shmem, self.file, *self.slots.values()):
-            ledger.add_up(mapcounts)
+            ledger.add_up(mapcounts if ledger in asked else None)
 
     def figures(self, row: int) -> Cells:
         """What was counted of a row; after add_up()."""

@@ -27,8 +27,8 @@ def blocks_of_few_pages() -> Iterator[None]:
 
 def visited(ledger: Ledger, row: int) -> Visit:
     chosen = bytes(YES * bool(pfn) for pfn in PAGES[row])
-    part = Part(None, 0, struct.pack("<6Q", *PAGES[row]), chosen, by_mapcount=True)
-    visit = Visit(row, NOBODY)
+    part = Part(None, 0, struct.pack("<6Q", *PAGES[row]), chosen)
+    visit = Visit(row, NOBODY, by_mapcount=True)
     ledger.count(visit, [part])
     return visit
 
@@ -60,7 +60,7 @@ def test_the_example_of_the_counting() -> None:
     assert (ledger.own[2], ledger.new[2], visit.seen) == (6, 1, {1: 5})
 
     visit = visited(ledger, 3)
-    assert visit.astray == [(14, True)]
+    assert visit.astray == [14]
     assert (ledger.blocks, ledger.dissolved) == ({}, {(None, 0)})
     assert {ledger.marks[pfn] for pfn in KPAGECOUNT} == {SINGLE}
     records = {pfn: record(ledger, pfn) for pfn in KPAGECOUNT}
