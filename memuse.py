@@ -336,7 +336,7 @@ class Stat(NamedTuple):
     flags: int
     threads: int
     started: bytes  # when, in ticks since boot: tells processes apart that had the same PID
-    layout: list[bytes]  # where exec put code, stack, data and arguments
+    layout: tuple[bytes, ...]  # where exec put code, stack, data and arguments
 
     def same_image(self, other: Stat) -> bool:
         """Whether this is still the same process, and has not called exec."""
@@ -346,7 +346,7 @@ class Stat(NamedTuple):
 def parse_stat(text: bytes) -> Stat:
     name, _, rest = text.partition(b"(")[2].rpartition(b")")  # which may hold anything
     fields = rest.split()  # from the third on
-    layout = [*fields[23:26], *fields[42:49]]
+    layout = (*fields[23:26], *fields[42:49])
     numbers = int(fields[1]), int(fields[6]), int(fields[17])
     return Stat(name, fields[0], *numbers, fields[19], layout)
 
@@ -832,8 +832,8 @@ NOBODY = 0  # instead of a row: TOTAL's, which has nothing of its own
 class Process:
     """What was read of one process; it is counted only once all of it is read."""
 
-    def __init__(self, row: int, node: Node, read_again: bool) -> None:
-        self.row, self.pid, self.stat, self.read_again = row, node.pid, node.stat, read_again
+    def __init__(self, row: int, node: Node) -> None:
+        self.row, self.node = row, node
         self.cells: Cells = {"pid": node.pid, "ppid": node.stat.ppid}
         self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
@@ -892,8 +892,8 @@ class Reader:
 
     def read(self, row: int, node: Node) -> Process | None:
         """The process, or None if it exited; one that calls exec meanwhile is read again."""
-        for tries in range(3):
-            process = Process(row, node, read_again=tries > 0)
+        for _ in range(3):
+            process = Process(row, node)
             try:
                 self._read(process)
                 return process
@@ -916,7 +916,7 @@ class Reader:
         Its files are opened by way of one descriptor of its directory, between two looks at its
         stat.  So they belong to one process and to one mm, and are empty once that is gone.
         """
-        machine, columns, pid, stat = self.machine, self.columns, process.pid, process.stat
+        machine, columns, (pid, stat, _) = self.machine, self.columns, process.node
         with machine.opened(f"{machine.proc}/{pid}") as directory:
             mm_files = mm_files_of(machine, pid, stat)
             if "command" in columns:
@@ -1010,7 +1010,7 @@ class KernelFigures:
 
     def __init__(self, machine: Machine, nodes: list[Node]) -> None:
         self.machine, self.nodes = machine, nodes
-        self.early: dict[int, Cells] = {}  # by row
+        self.early: dict[Node, Cells] = {}
         self.thread = threading.Thread(target=self._read_all, daemon=True)
 
     def start(self) -> None:
@@ -1018,25 +1018,23 @@ class KernelFigures:
             self.thread.start()
 
     def _read_all(self) -> None:
-        for row, node in enumerate(self.nodes, 1):
+        for node in self.nodes:
             with contextlib.suppress(OSError, MemoryError):  # get() asks again
-                self.early[row] = self._read(node.pid, node.stat)
+                self.early[node] = self._read(node)
 
-    def get(self, process: Process) -> Cells:
+    def get(self, node: Node) -> Cells:
         """Those of a process as it was counted; one of VANISHED if it exited or called exec."""
         if self.thread.is_alive():
             self.thread.join()
-        if process.row in self.early and not process.read_again:
-            return self.early[process.row]
-        return self._read(process.pid, process.stat)
+        return self.early.get(node) or self._read(node)
 
-    def _read(self, pid: int, stat: Stat) -> Cells:
-        machine, mm_files = self.machine, mm_files_of(self.machine, pid, stat)
+    def _read(self, node: Node) -> Cells:
+        machine, mm_files = self.machine, mm_files_of(self.machine, node.pid, node.stat)
         text = b""
         if mm_files is not None:
-            text = machine.read(f"{machine.proc}/{pid}/{mm_files}{ROLLUP}")
-        now = machine.stat(pid)
-        if not now or not now.same_image(stat) or (mm_files is not None and not text):
+            text = machine.read(f"{machine.proc}/{node.pid}/{mm_files}{ROLLUP}")
+        now = machine.stat(node.pid)
+        if not now or not now.same_image(node.stat) or (mm_files is not None and not text):
             raise ProcessLookupError
         return sizes_of(ROLLUP, text)
 
@@ -1747,7 +1745,7 @@ def merged(
     cells, unread = {**process.cells}, process.unread
     if figures:
         try:
-            cells.update(figures.get(process))
+            cells.update(figures.get(process.node))
         except PermissionError as error:
             unread = unread or reason(error)
         except VANISHED:

@@ -181,7 +181,7 @@ def test_stat_of_a_process_with_an_evil_name() -> None:
     stat = memuse.parse_stat(f"17 (a) Z 1 (\n) R {numbers}".encode())
     assert (stat.name, stat.state, stat.ppid) == (b"a) Z 1 (\n", b"R", 4)
     assert (stat.flags, stat.threads, stat.started) == (9, 20, b"22")
-    assert stat.layout == [b"26", b"27", b"28", *(b"%d" % n for n in range(45, 52))]
+    assert stat.layout == (b"26", b"27", b"28", *(b"%d" % n for n in range(45, 52)))
     assert stat.same_image(stat._replace(state=b"Z", ppid=1))
     assert not stat.same_image(stat._replace(started=b"23"))
     assert not stat.same_image(stat._replace(layout=stat.layout[1:]))
