@@ -37,7 +37,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, compress, count, groupby, takewhile
-from operator import itemgetter, le
+from operator import itemgetter
 from stat import S_ISREG
 from typing import Any, NamedTuple, NoReturn, Optional, TextIO, Union
 
@@ -1099,12 +1099,6 @@ def how_many(lanes: int) -> int:
     return as_bytes(lanes).count(YES)
 
 
-def looked_up(table: memoryview, keys: list[int]) -> Sequence[int]:
-    """What the table has at each of the keys, in a third of a loop's time."""
-    found: Sequence[int] = itemgetter(0, 0, *keys)(table)  # of a single key it would be no tuple
-    return found[2:]
-
-
 class Tree:
     """Rows below rows, numbered depth first: a subtree is an interval.  Row 0 is above all."""
 
@@ -1207,9 +1201,8 @@ class Block:
 
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes mapped at most as often as the set maps them; some may have no frame."""
-        by_all = looked_up(mapcounts, self.pfns())
-        ones = int.from_bytes(map(le, by_all, self.mappings()), "little")  # 1 in such a lane
-        return ones * YES
+        alone = [mapcounts[pfn] <= times for pfn, times in zip(self.pfns(), self.mappings())]
+        return int.from_bytes(alone, "little") * YES
 
 
 class Ledger:
