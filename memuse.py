@@ -1012,8 +1012,6 @@ class KernelFigures:
         self.machine, self.nodes = machine, nodes
         self.early: dict[Node, Cells] = {}
         self.thread = threading.Thread(target=self._read_all, daemon=True)
-
-    def start(self) -> None:
         with contextlib.suppress(RuntimeError):  # no thread is to be had: get() reads them
             self.thread.start()
 
@@ -1707,8 +1705,6 @@ def survey(
     Returns a result for each that has not exited, and TOTAL's; and what was refused, or "".
     """
     figures = KernelFigures(machine, nodes) if columns_from(ROLLUP) & columns else None
-    if figures:
-        figures.start()
     memory, progress = Memory(machine), Progress(len(nodes))
     partly_mapped = None
     if kernel and {"tree", "freed"} & columns and kernel.may_be_partly_mapped():
