@@ -1075,7 +1075,7 @@ class KernelFigures:
 UNMARKED, UNREAL, SINGLE, *OF_BLOCKS = range(256)
 MARKS_GROWTH = 1 << 20  # bytes: marks grow by so many
 UNMARKED_PART = bytes(1 << 12)  # marks are searched by parts of this size
-RUNS_APART = bytes([YES]) * 64  # unknown PFNs: reading over fewer is cheaper than another read
+MARKED_RUN = re.compile(rb"[^\0]+(?:\0{1,63}[^\0]+)*")  # a longer gap is worth another read
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(bytes([YES]) * LANES, "little")
 FEW = 16  # so many pages take less memory one by one than in a Block
@@ -1345,14 +1345,9 @@ class Ledger:
         """First PFN and length of runs of PFNs that are known, with short gaps."""
         for start in range(0, len(self.marks), len(UNMARKED_PART)):
             part = self.marks[start : start + len(UNMARKED_PART)]
-            if part == UNMARKED_PART:
-                continue
-            unknown = part.translate(EQUALS[UNMARKED]) + RUNS_APART
-            first = unknown.find(0)
-            while first >= 0:
-                end = unknown.find(RUNS_APART, first)
-                yield start + first, end - first
-                first = unknown.find(0, end)
+            if part != UNMARKED_PART:  # faster than the search
+                for run in MARKED_RUN.finditer(part):
+                    yield start + run.start(), len(run[0])
 
     def add_up(self, mapcounts: memoryview | None) -> None:
         """All rows are counted: sum over subtrees; what is freed frame by frame takes mapcounts."""
