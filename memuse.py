@@ -1112,7 +1112,7 @@ class Tree:
 
 
 class Visit:
-    """One row's count in one Ledger, while it lasts."""
+    """A count of one row in one Ledger, while it lasts; the row may visit it again."""
 
     def __init__(self, row: int, shares_mm_with: int, by_mapcount: bool = False) -> None:
         self.row, self.shares_mm_with = row, shares_mm_with
@@ -1588,13 +1588,10 @@ class Census:
             self.partly_mapped.count(process)
         if process.directory:  # else neither TREE nor FREED is wanted
             self.objects.add(process, self.sorts)
-        by_type = defaultdict(list)
         for swap_type, slots in chain.from_iterable(map(slots_of, parts[IN_SWAP])):
-            by_type[swap_type].append(slots)
-        for swap_type, of_type in by_type.items():
             if swap_type not in self.slots:
                 self.slots[swap_type] = Ledger(self.tree)
-            self.slots[swap_type].count(Visit(*whose), of_type)
+            self.slots[swap_type].count(Visit(*whose), [slots])
         parts.clear()  # before those of the next one are read
 
     def _sort_of(self, process: Process, part: Part) -> int:
