@@ -34,7 +34,7 @@ from building import (
 )
 
 CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
-MS_PRIVATE, MS_REC = 1 << 18, 1 << 14
+MS_PRIVATE, MS_REC, MS_BIND, MNT_DETACH = 1 << 18, 1 << 14, 1 << 12, 2
 MFD_HUGETLB = 4
 IO_URING_SETUP, IO_URING_REGISTER = 425, 427
 REGISTER_BUFFERS, REGISTER_FILES = 0, 2
@@ -575,3 +575,20 @@ def mounted_elsewhere() -> None:
     fork(below_another_root)
     fork(as_usual)
     os.close(third)
+
+
+def unmounted_disk() -> None:
+    """File on disk, of a mount that is gone, with the name of a memfd: taken for one?"""
+    import tempfile
+
+    new_namespace(CLONE_NEWNS)
+    libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        path = directory.encode()
+        if libc.mount(path, path, None, MS_BIND, None):
+            raise Unable("a mount of a directory")
+        file = os.open(f"{directory}/memfd:scene", os.O_RDWR | os.O_CREAT)
+        os.unlink(f"{directory}/memfd:scene")
+        libc.umount2(path, MNT_DETACH)
+    if os.readlink(f"/proc/self/fd/{file}") != "/memfd:scene (deleted)":
+        raise Unable("a path without its mount")

@@ -240,9 +240,10 @@ def test_an_object_that_is_gone_meanwhile_costs_itself_alone(scene: Build) -> No
     assert total["size"] == total["tree"]
 
 
-def test_nothing_is_looked_at_but_memory(scene: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["disk_files", "unmounted_disk"])
+def test_nothing_is_looked_at_but_memory(name: str, scene: Build, tmp_path: Path) -> None:
     """A look at a file of a network or a FUSE file system could wait for good."""
-    pid = scene("disk_files")  # which has a deleted file of a disk mapped, and open
+    pid = scene(name)  # which has deleted files of a disk mapped, or open
     log = tmp_path / "log"
     assert simulated(f"LooksLogged {log}", "--json", pid).returncode == 0
     assert log.read_text() == ""
