@@ -1411,8 +1411,9 @@ class Objects:
         directory = process.directory
         for key, vmas in process.files.items():
             device, _, _ = key.partition(b" ")
+            sort = sorts.get(key)  # None: no page of it was met
             if is_unnamed(vmas[0].name) and (
-                sorts.get(key) == SHARED_MEMORY or self.memory.is_memory(device, directory)
+                sort == SHARED_MEMORY or (not sort and self.memory.is_memory(device, directory))
             ):
                 found = self._held(key, process)
                 found.attached += len(vmas) * (process.shares_mm_with == NOBODY)
