@@ -506,6 +506,9 @@ class Kernel:
             raise PermissionError(errno.EPERM, "no PFNs", f"{machine.proc}/self/pagemap")
         self.kpageflags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
         self.kpagecount = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
+        for file in (self.kpageflags, self.kpagecount):
+            if not machine.words(file, 0, 1):
+                raise Error(f"{file.path} reads empty, so that no frame can be counted")
         self.zero_pages = [pfn for pfn in own if self.flags_of(pfn) & KPF_ZERO_PAGE]
         self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
         with contextlib.suppress(FileNotFoundError):
@@ -660,7 +663,7 @@ def why_missing(machine: Machine, pid: int) -> str:
         status = machine.read(f"{machine.proc}/{pid}/status")
         process = int(status.partition(b"\nTgid:")[2].split(None, 1)[0])
         if process != pid:
-            return f"{pid} is a thread of process {process}"
+            return f"{pid} is a thread of process {process}: measure {process}"
         if pid == machine.own_pid():
             return f"{pid} is memuse itself"
     return f"there is no process {pid}"
@@ -682,6 +685,8 @@ def cgroup_members(machine: Machine, path: str) -> set[int]:
     for directory, _, _ in os.walk(groups[0]):
         try:
             pids.update(map(int, machine.read(f"{directory}/cgroup.procs").split()))
+        except ValueError:
+            raise Error(f"{directory}/cgroup.procs has something else than PIDs") from None
         except OSError as error:
             # Groups below come and go; what is in threaded ones, the one above them lists.
             if directory == groups[0]:
@@ -894,7 +899,7 @@ class Reader:
                 self._read(process)
                 return process
             except PermissionError as error:
-                process.unread = reason(error)
+                process.unread = reason(error, node.pid)
                 return process
             except VANISHED:
                 stat = self.machine.stat(node.pid)
@@ -971,9 +976,10 @@ class Reader:
         return NOBODY
 
 
-def reason(error: OSError) -> str:
-    name = f"{os.path.basename(error.filename)}: " if error.filename else ""
-    return f"{name}{error.strerror} (another user's process takes CAP_SYS_PTRACE)"
+def reason(error: OSError, pid: int) -> str:
+    """What of a process was refused, by its path below /proc/PID."""
+    path = os.fsdecode(error.filename or "").rpartition(f"/{pid}/")[2]
+    return f"{path or 'memory'}: {error.strerror} (needs CAP_SYS_PTRACE)"
 
 
 def mm_files_of(machine: Machine, pid: int, stat: Stat) -> str | None:
@@ -1725,7 +1731,7 @@ def merged(
         try:
             cells.update(figures.get(process.node))
         except PermissionError as error:
-            unread = unread or reason(error)
+            unread = unread or reason(error, process.pid)
         except VANISHED:
             pass  # its frames stay counted
     if census:
@@ -1908,6 +1914,14 @@ def complain(*messages: str) -> None:
 # ---- The command line ---------------------------------------------------------------------------
 
 
+# Options of ps, and what to type instead.
+INSTEAD = {
+    "-p": ": type the PID alone",
+    "-a": ": type -g / for the whole machine",
+    "--sort": ": append | sort -k5,5nr to sort by TREE",
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         complain(f"{message}; see memuse --help")
@@ -1931,12 +1945,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         # With a width given, argparse need not import what tells the terminal's.
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80),
-        description="Count the physical memory that a tree of processes really occupies.",
-        epilog=f"columns (sizes in KiB; default: {','.join(IN_TABLE)}):\n{about_columns}\n"
+        description="Count the physical memory that a tree of processes really occupies, as root.",
+        epilog=f"columns (sizes in KiB):\n{about_columns}default:\n  {','.join(IN_TABLE)}\n\n"
         "examples:\n"
-        "  sudo memuse $(pgrep -o nginx)               a server, with all below it\n"
-        "  sudo memuse -g system.slice/nginx.service   a unit, or a container\n"
-        "  sudo memuse -o tree,freed,pid,command 1 | sort -rn | head   the biggest branches",
+        "  sudo memuse $(pgrep -o nginx)    a server, with all below it\n"
+        "  sudo memuse -g nginx.service     a unit; or a container, by its ID\n"
+        "  sudo memuse -g /                 the whole machine\n\n"
+        "exit status: 0 success, even if descendants exited during the run; 1 failed or\n"
+        "incomplete, and stderr says why; 2 wrong usage; 130 interrupted",
     )
     add, unit = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     common: Any = {"dest": "size", "action": "store_const", "default": kib}
@@ -1944,25 +1960,30 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **common)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
     add("-o", "--output", metavar="COLUMNS", help="columns to show; +COLUMNS adds to the default")
-    add("-g", "--cgroup", metavar="PATH", action="append", help="a control group with all below it")
+    add("-g", "--cgroup", metavar="GROUP", action="append", help="a control group; may be repeated")
     add("--help", action="help", help="show this and exit")
     add("-V", "--version", action="version", version=f"memuse {__version__}")
-    add("pids", metavar="PID", nargs="*", help="a process, with all below it")
-    arguments = parser.parse_args(argv)
-    if not arguments.pids and not arguments.cgroup:
-        parser.error("a PID is missing")
-    for text in arguments.pids:
-        if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
-            parser.error(f"{text!r} is not a PID")
-
+    add("pids", metavar="PID", nargs="*", help="a process, with all below it; may be repeated")
+    arguments, unknown = parser.parse_known_args(argv)
+    for option in unknown:
+        hints = [INSTEAD[known] for known in INSTEAD if option.startswith(known)]
+        parser.error(f"there is no option {option!r}{''.join(hints)}")
     names = default = IN_JSON if arguments.json else IN_TABLE
     if arguments.output is not None:
         names = arguments.output.lower().lstrip("+").split(",")
         for name in names:
             if name not in names_of_all:
-                parser.error(f"there is no column {name!r}; there are {', '.join(names_of_all)}")
+                there_are = f"there is no column {name!r}; there are {', '.join(names_of_all)}"
+                parser.error(f"{arguments.output!r} was taken as COLUMNS: {there_are}")
         if arguments.output.startswith("+"):
             names = [*default[:-1], *names, default[-1]]  # before the command
+    arguments.pids = " ".join(arguments.pids).replace(",", " ").split()  # as pgrep writes them
+    if not arguments.pids and not arguments.cgroup:
+        parser.error("no PID given")
+    for text in arguments.pids:
+        if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
+            hint = f": try sudo memuse $(pgrep -o {text}), or -g {text} for a unit"
+            parser.error(f"{text!r} is not a PID{hint if text[0].isalpha() else ''}")
     arguments.columns = list(dict.fromkeys(names))
     return arguments
 
@@ -1976,7 +1997,7 @@ def refusal(machine: Machine, refused: OSError, nodes: list[Node], argv: list[st
         return Error(f"no {path}: a kernel without CONFIG_PROC_PAGE_MONITOR")
     needs = f"{path} shows no page frames without CAP_SYS_ADMIN"
     if not path.endswith("pagemap"):
-        needs = f"{path} is root's, and takes CAP_DAC_READ_SEARCH besides CAP_SYS_ADMIN"
+        needs = f"{path} is root's, and needs CAP_DAC_READ_SEARCH besides CAP_SYS_ADMIN"
     ns = f"{machine.proc}/self/ns"  # where a kernel may be without some
     inodes = {os.stat(f"{ns}/{name}").st_ino for name in {"pid", "user"} & {*os.listdir(ns)}}
     if inodes - FIRST_NAMESPACES:
@@ -2033,7 +2054,7 @@ def run(machine: Machine, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None, machine: Machine | None = None) -> int:
-    """Exit status: 0 done, 1 failed or incomplete, 2 wrong usage, 130 interrupted."""
+    """Exit status: 0 success, 1 failed or incomplete, 2 wrong usage, 130 interrupted."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
         # By its default action, which also ends a wait for a stuck process's lock; a handler would
         # not, and an exception could be lost in a destructor, or tell its traceback at exit.

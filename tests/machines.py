@@ -184,6 +184,27 @@ class Hiding(Here):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
 
+class Locked(Here):
+    """One that refuses to open, list or follow one path, as a security module does."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def before_opening(self, path: str) -> None:
+        if path == self.path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    def listed(self, path: str) -> list[str]:
+        self.before_opening(path)
+        return super().listed(path)
+
+    def link(self, path: str) -> bytes:
+        if path == self.path:  # os.readlink() is given bytes, and tells them
+            name = os.fsencode(path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return super().link(path)
+
+
 class NoMapFiles(Here):
     """One that refuses to follow links in map_files, or no longer has them."""
 
@@ -220,6 +241,17 @@ class Emptied(Here):
             self.left -= 1
             return b""
         return super().read(path, directory, at_most)
+
+
+class WithoutWords(Here):
+    """One whose files of such a name have no words."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def words(self, fd: memuse.Descriptor, first: int, number: int) -> bytes:
+        empty = os.path.basename(fd.path) == self.name
+        return b"" if empty else super().words(fd, first, number)
 
 
 class SlowClock(Here):

@@ -269,6 +269,13 @@ def test_a_group_that_refuses(group: Path, family: Family) -> None:
     fails(result, f"{group}/cgroup.procs", "Permission denied")
 
 
+@pytest.mark.parametrize("content", ["1 x", "\u00b2", "{}"])
+def test_a_list_of_processes_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "cgroup.procs").write_text(content)
+    said = f"memuse: {tmp_path}/cgroup.procs has something else than PIDs\n"
+    assert fails(inside(None, "-g", tmp_path)) == said
+
+
 # ---- Members that come and go ---------------------------------------------------
 
 

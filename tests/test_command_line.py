@@ -41,7 +41,7 @@ COLUMNS = [name for name, column in memuse.COLUMNS.items() if column.header]
 @pytest.mark.parametrize(
     "arguments",
     [
-        "abc", "-5", "0", "1.5", "1_000", "\u0661", "1 -x", "-b -h 1", "--js 1",
+        "abc", "-5", "0", "1.5", "1_000", "1,x", "\u0661", "1 -x", "-b -h 1", "--js 1",
         "-o nothing 1", "-o '' 1", "-o + 1", "-o pid, 1", "-o", "-g", "1 2 x",
     ],
 )  # fmt: skip
@@ -49,10 +49,31 @@ def test_wrong_usage(arguments: str) -> None:
     fails(inside(None, *shlex.split(arguments)), "memuse --help", status=2)
 
 
-@pytest.mark.parametrize("arguments", ["", "-h", "-b", "-J", "-o pid", "--human-readable --json"])
+@pytest.mark.parametrize("arguments", ["", "-h", "-b", "-J", "-o pid", "--json ''", "''", ","])
 def test_a_missing_pid_is_what_is_said_to_be_missing(arguments: str) -> None:
-    line = fails(inside(None, *arguments.split()), status=2)
-    assert line == "memuse: a PID is missing; see memuse --help\n"
+    """As from a pgrep that finds nothing, in quotation marks or without."""
+    line = fails(inside(None, *shlex.split(arguments)), status=2)
+    assert line == "memuse: no PID given; see memuse --help\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("nginx", "'nginx' is not a PID: try sudo memuse $(pgrep -o nginx), or -g nginx for a"),
+        ("16071,nginx", "'nginx' is not a PID: try "),
+        ("-o 16071", "'16071' was taken as COLUMNS"),
+        ("-o 16071 16117", "'16071' was taken as COLUMNS"),
+        ("-p 16071", "no option '-p': type the PID alone;"),
+        ("-p16071", "no option '-p16071': type the PID alone;"),
+        ("-a", "no option '-a': type -g / for the whole machine;"),
+        ("--sort rss 1", "no option '--sort': append | sort "),
+        ("--sort=-rss 1", "no option '--sort=-rss': append | sort "),
+        ("-x 1", "no option '-x';"),
+        ("1.5", "'1.5' is not a PID;"),
+    ],
+)
+def test_what_others_take_is_answered_with_what_to_type(arguments: str, said: str) -> None:
+    fails(inside(None, *arguments.split()), said, status=2)
 
 
 def test_an_unknown_column_is_answered_with_those_that_there_are() -> None:
@@ -67,7 +88,7 @@ def test_help_needs_no_rights_and_names_everything() -> None:
     text = result.stdout
     for word in ("-b, --bytes", "-h, --human-readable", "-J, --json", "--help", "-V, --version"):
         assert word in text
-    for short, long in (("-o", "--output COLUMNS"), ("-g", "--cgroup PATH")):
+    for short, long in (("-o", "--output COLUMNS"), ("-g", "--cgroup GROUP")):
         assert re.search(rf"^  {short}( [A-Z]+)?, {long}\b", text, re.M)  # as Python has it
     for column in COLUMNS:
         assert re.search(rf"^  {column} +[^ ]", text, re.M), column
@@ -75,7 +96,12 @@ def test_help_needs_no_rights_and_names_everything() -> None:
     usage, columns, examples = (text.index(w) for w in ("usage:", "\ncolumns", "\nexamples"))
     assert usage < columns < examples
     assert text[examples:].count("sudo memuse ") == 3
-    assert max(len(line) for line in text.splitlines()) <= 100
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "as root" in text
+    assert text.count("may be repeated") == 2  # PIDs and groups
+    assert "sudo memuse -g / " in text
+    statuses = text[text.index("\nexit status") :]
+    assert re.findall(r"\b[0-9]+\b", statuses) == ["0", "1", "2", "130"]
 
 
 def test_the_version_is_written_once() -> None:
@@ -113,7 +139,14 @@ def test_older_pythons_get_one_line(version: str) -> None:
 # ---- PIDs -----------------------------------------------------------------------
 
 
-def tree_of(*roots: int) -> list[tuple[int, int]]:
+@needs_root
+@pytest.mark.parametrize("between", [",", "\n", " ", ", "])
+def test_pids_in_one_argument_are_as_pgrep_writes_them(between: str, forked: int) -> None:
+    pids = sorted(child.pid for child in psutil.Process(forked).children())
+    assert tree_of(between.join(map(str, pids))) == tree_of(*pids)
+
+
+def tree_of(*roots: object) -> list[tuple[int, int]]:
     return [(row["pid"], row["depth"]) for row in measured(*roots)["processes"]]
 
 
@@ -221,7 +254,7 @@ def test_a_threads_id_is_told_with_its_process() -> None:
         wait_for(lambda: len(psutil.Process(process.pid).threads()) == 2)
         tids = {thread.id for thread in psutil.Process(process.pid).threads()}
         (tid,) = tids - {process.pid}
-        said = f"memuse: {tid} is a thread of process {process.pid}\n"
+        said = f"memuse: {tid} is a thread of process {process.pid}: measure {process.pid}\n"
         assert fails(inside(None, tid)) == said
         assert incomplete(inside(None, "--json", tid, other.pid), other.pid) == said
         assert tree_of(process.pid) == [(process.pid, 0)]  # threads are no rows

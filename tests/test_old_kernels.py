@@ -129,3 +129,10 @@ def test_a_kernel_without_page_monitor_is_told_so(names: str, forked: int) -> No
     free = inside(machine, "-o", "pid,command", forked)
     assert (free.returncode, free.stderr) == (0, "")
     assert free.stdout.split()[0] == "PID"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("name", ["kpageflags", "kpagecount"])
+def test_files_of_frames_that_read_empty_are_named(name: str, form: list[str], forked: int) -> None:
+    line = fails(inside(f"WithoutWords {name}", *form, forked))
+    assert line == f"memuse: /proc/{name} reads empty, so that no frame can be counted\n"

@@ -151,7 +151,7 @@ def test_processes_of_others_keep_their_rows_and_are_named(family: tuple[int, in
     assert result.returncode == 1
     assert result.stderr == (
         f"memuse: process {parent} not read: smaps_rollup: Permission denied"
-        " (another user's process takes CAP_SYS_PTRACE)\n"
+        " (needs CAP_SYS_PTRACE)\n"
     )
     _, first, second, total = (line.split(None, 4) for line in result.stdout.splitlines())
     assert first[:4] == [str(parent), "-", "-", "-"]
@@ -181,6 +181,17 @@ def test_a_process_that_may_not_be_read_any_more_keeps_its_row(name: str, forked
     assert rows[child.pid]["frames"] is rows[child.pid]["rss"] is None
     assert rows[forked]["frames"] > 0
     assert [skipped["pid"] for skipped in report["skipped"]] == [child.pid]
+
+
+@pytest.mark.parametrize("refused", ["", "/maps", "/fd", "/ns/mnt", "/smaps_rollup"])
+def test_what_was_refused_is_told_by_its_path_below_the_process(refused: str) -> None:
+    """As by a security module, for root too."""
+    code = "import os\nos.memfd_create('x')\nprint('ready', flush=True)\nos.read(0, 1)"
+    with ready(code) as process:
+        line = fails(inside(f"Locked /proc/{process.pid}{refused}", process.pid))
+    name = refused[1:] or f"/proc/{process.pid}"
+    why = f"{name}: Permission denied (needs CAP_SYS_PTRACE)"
+    assert line == f"memuse: process {process.pid} not read: {why}\n"
 
 
 def test_if_all_are_others_there_is_no_table(forked: int) -> None:

@@ -411,7 +411,7 @@ def test_a_process_that_cannot_be_read_keeps_its_row(family: tuple[int, list[int
     assert result.returncode == 1
     assert result.stderr == (
         f"memuse: process {children[1]} not read: pagemap: Permission denied"
-        " (another user's process takes CAP_SYS_PTRACE)\n"
+        " (needs CAP_SYS_PTRACE)\n"
     )
     others = [row for row in rows if row[1] != "-"]
     assert sum(int(row[2]) for row in others) == int(total[1])
