@@ -669,34 +669,76 @@ def why_missing(machine: Machine, pid: int) -> str:
     return f"there is no process {pid}"
 
 
-def cgroup_members(machine: Machine, path: str) -> set[int]:
-    """The PIDs in a control group and in all below it (cgroup-v2.rst).  Error if none.
-
-    A path that is no control group's directory is looked up where they are mounted: v2, then v1.
-    """
+def find_groups(machine: Machine, text: str) -> list[str]:
+    """Directories of the control group that this path or part of a name means: v2's, then v1's."""
+    path = re.sub(r"^\d+:[^/]*:(?=/)|/cgroup\.procs$", "", text)  # as /proc/PID/cgroup has it
+    if path and os.path.exists(f"{path}/cgroup.procs"):
+        return [path]
+    if not path.strip("./") and not path.startswith("/"):
+        raise Error(f"{text!r} is no control group; -g / is the whole machine")
     lines = os.fsdecode(machine.read(f"{machine.proc}/self/mounts"))
     mounts = re.findall(r"^\S* (\S+) (cgroup2?) ", lines, re.M)
     mounts.sort(key=itemgetter(1), reverse=True)
-    groups = [path, *(f"{mount}/{path.strip('/')}" for mount, _ in mounts if path)]
+    if not path.strip("/"):
+        return [mount for mount, _ in mounts[:1]]
+    groups = [f"{mount}/{path.strip('/')}" for mount, _ in mounts]
     groups = [group for group in groups if os.path.exists(f"{group}/cgroup.procs")]
-    if not groups:
-        raise Error(f"there is no control group {path!r}")
+    if groups:
+        return groups
+    found: dict[str, list[str]] = {}  # by path below the mount
+    for mount, _ in mounts:
+        for directory, _, _ in os.walk(mount):
+            if directory != mount and path in os.path.basename(directory):
+                found.setdefault(directory[len(mount) :], []).append(directory)
+    found = {at: found[at] for at in found if os.path.basename(at) == path} or found
+    if not found:
+        raise Error(f"there is no control group {text!r}; /proc/PID/cgroup has a process's groups")
+    if len(found) > 1:
+        some = ", ".join(sorted(found)[:5]) + ", ..." * (len(found) > 5)
+        raise Error(f"{len(found)} control groups have {text!r} in their names: {some}")
+    return found.popitem()[1]
+
+
+def cgroup_members(machine: Machine, text: str) -> tuple[set[int], list[str]]:
+    """The PIDs in a control group and in all below it, and its directories.  Error if none."""
+    groups = find_groups(machine, text)
+    for _ in range(3):  # members that come and go are no difference between hierarchies
+        members = [(pids_in(machine, group), group) for group in groups]
+        members = [(pids, group) for pids, group in members if pids]
+        if all(pids == members[0][0] for pids, _ in members):
+            break
+    else:
+        directories = ", ".join(group for _, group in members)
+        raise Error(f"{text!r} has other processes in each of {directories}: name one of these")
+    if not members:
+        raise Error(f"the control group {text!r} has no process")
+    return members[0][0], [group for _, group in members]
+
+
+def pids_in(machine: Machine, group: str) -> set[int]:
+    """The PIDs in a control group's directory and in all below it (cgroup-v2.rst)."""
     pids: set[int] = set()
-    for directory, _, _ in os.walk(groups[0]):
+    for directory, _, _ in os.walk(group):
         try:
             pids.update(map(int, machine.read(f"{directory}/cgroup.procs").split()))
         except ValueError:
             raise Error(f"{directory}/cgroup.procs has something else than PIDs") from None
         except OSError as error:
             # Groups below come and go; what is in threaded ones, the one above them lists.
-            if directory == groups[0]:
+            if directory == group:
                 threaded = error.errno == errno.EOPNOTSUPP
                 why = "a threaded group; name the one above it" if threaded else error.strerror
                 raise Error(f"{directory}/cgroup.procs: {why}") from None
-    pids.discard(0)  # it stands for those of another PID namespace
-    if not pids:
-        raise Error(f"the control group {path!r} has no process")
-    return pids
+    return pids - {0}  # which stands for those of another PID namespace
+
+
+def memory_current(machine: Machine, directories: list[str]) -> int | None:
+    """What the kernel charges to a control group, in bytes: v2's figure, or v1's."""
+    for directory in directories:
+        for name in ("memory.current", "memory.usage_in_bytes"):
+            with contextlib.suppress(OSError):
+                return int(machine.read(f"{directory}/{name}"))
+    return None
 
 
 # ---- Files that are memory ----------------------------------------------------------------------
@@ -1812,11 +1854,16 @@ def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
 
 
 def table(
-    results: list[Result], columns: list[str], size: Callable[[int], str], width: int
+    results: list[Result],
+    columns: list[str],
+    size: Callable[[int], str],
+    width: int,
+    charged: int | None = None,
 ) -> list[str]:
     """Header, processes, TOTAL.  Of lines longer than `width`, if any, only the command is cut."""
     unread = sum(bool(result.unread) for result in results)
     about = plural(len(results) - 1) + (f", {unread} unread" if unread else "")
+    about += "" if charged is None else f", memory.current {size(charged)}"
     words: Cells = {"pid": "TOTAL", "command": UNITS[size] + about}
     results = [*results[:-1], results[-1]._replace(cells={**results[-1].cells, **words})]
     shown = {
@@ -1876,11 +1923,13 @@ def cut(text: str, room: int) -> str:
     return text[: len([*takewhile(lambda end: end <= room, ends)])]
 
 
-def as_json(results: list[Result], columns: list[str], page_size: int) -> str:
+def as_json(
+    results: list[Result], columns: list[str], page_size: int, charged: int | None = None
+) -> str:
     import json  # not above: it would be a part of every start
 
     rows = [{**result.cells, "depth": result.depth} for result in results]
-    content = {
+    content: dict[str, Any] = {
         "page_size": page_size,
         "processes": [{name: row.get(name) for name in columns} for row in rows[:-1]],
         "total": {name: rows[-1].get(name) for name in columns if is_figure(name)},
@@ -1890,6 +1939,8 @@ def as_json(results: list[Result], columns: list[str], page_size: int) -> str:
             if result.unread
         ],
     }
+    if charged is not None:
+        content["memory_current"] = charged
     return json.dumps(content)
 
 
@@ -2021,7 +2072,9 @@ def run(machine: Machine, argv: list[str]) -> int:
     """Print what is asked for, then what is missing in it.  Error if there is nothing to print."""
     arguments = parse_args(argv)
     columns, roots = arguments.columns, list(dict.fromkeys(map(int, arguments.pids)))
-    members = {pid for path in arguments.cgroup or () for pid in cgroup_members(machine, path)}
+    groups = [cgroup_members(machine, text) for text in arguments.cgroup or ()]
+    members = {pid for pids, _ in groups for pid in pids}
+    charged = memory_current(machine, groups[0][1]) if len(groups) == 1 and not roots else None
     nodes = find_processes(machine, roots, members)
     with contextlib.ExitStack() as files:
         try:
@@ -2043,9 +2096,9 @@ def run(machine: Machine, argv: list[str]) -> int:
     if shown <= skipped.keys():
         raise Error("; ".join(failures) or "none of the processes is left")
     if arguments.json:
-        lines = [as_json(results, columns, machine.page_size)]
+        lines = [as_json(results, columns, machine.page_size, charged)]
     else:
-        lines = table(results, columns, arguments.size, width_of_output())
+        lines = table(results, columns, arguments.size, width_of_output(), charged)
     write("".join(f"{line}\n" for line in lines), sys.stdout)
     others = len(exited - {*roots})
     notes = [f"{plural(others)} exited while being read"] if others else []

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machines
 import psutil
 import pytest
 from conftest import (
@@ -23,6 +24,7 @@ from conftest import (
     measured,
     needs_root,
     ready,
+    reported,
     run_memuse,
     simulated,
     wait_for,
@@ -194,18 +196,105 @@ def test_a_group_is_named_as_the_kernel_and_the_file_system_name_it(
     assert [row["pid"] for row in json.loads(result.stdout)["processes"]] == [family.parent]
 
 
-def test_v2_goes_before_v1(family: Family) -> None:
-    """And a directory before both."""
+class Mounts(machines.Here):
+    """A machine whose hierarchies are folders: of v2, and of v1 the ones that are named."""
+
+    def __init__(self, root: Path, *v1: str) -> None:
+        self.root, self.v1 = root, v1
+
+    def read(self, path: str, directory: Any = None, at_most: int = -1) -> bytes:
+        if path != "/proc/self/mounts":
+            return super().read(path, directory, at_most)
+        lines = [f"cgroup {self.root}/{name} cgroup rw,{name} 0 0" for name in self.v1]
+        return "\n".join([*lines, f"cgroup2 {self.root}/v2 cgroup2 rw 0 0\n"]).encode()
+
+    def group(self, path: str, *pids: int) -> Path:
+        (self.root / path).mkdir(parents=True)
+        (self.root / path / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
+        return self.root / path
+
+    def found(self, text: str) -> list[int]:
+        report = reported(inside(self, "--json", "-o", "pid", "-g", text))
+        return [row["pid"] for row in report["processes"]]
+
+
+ID = "3f2a9c" * 10 + "beef"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nginx.service", "nginx", "ngin", ID, ID[:12], "0::/system.slice/nginx.service",
+     "4:memory:/system.slice/nginx.service", "system.slice/nginx.service/cgroup.procs"],
+)  # fmt: skip
+def test_a_part_of_a_groups_name_is_enough(text: str, family: Family, tmp_path: Path) -> None:
+    machine = Mounts(tmp_path, "memory")
+    nginx, container, _ = family.children
+    machine.group("v2")
+    machine.group("v2/system.slice")
+    machine.group("v2/system.slice/nginx.service", nginx)
+    machine.group(f"memory/docker/{ID}", container)
+    assert machine.found(text) == [container if ID.startswith(text) else nginx]
+
+
+def test_a_whole_name_goes_before_a_part_of_another(family: Family, tmp_path: Path) -> None:
+    machine = Mounts(tmp_path)
+    machine.group("v2/a/my-nginx.service", family.children[0])
+    machine.group("v2/a/nginx.service", family.children[1])
+    assert machine.found("nginx.service") == [family.children[1]]
+    line = fails(inside(machine, "-g", "nginx"))
+    several = "/a/my-nginx.service, /a/nginx.service"
+    assert line == f"memuse: 2 control groups have 'nginx' in their names: {several}\n"
+    for number in range(9):
+        machine.group(f"v2/{number}-nginx", family.children[0])
+    line = fails(inside(machine, "-g", "nginx"), "11 control groups have 'nginx'")
+    assert line.endswith(": /0-nginx, /1-nginx, /2-nginx, /3-nginx, /4-nginx, ...\n")
+
+
+def test_of_hierarchies_that_have_the_name_the_one_with_members_counts(
+    family: Family, tmp_path: Path
+) -> None:
     first, second, _ = family.children
+    machine = Mounts(tmp_path, "cpu", "memory")
+    machine.group("v2/x")
+    machine.group("memory/x", first)
+    assert machine.found("x") == [first]
+    machine.group("cpu/x", first)
+    assert machine.found("x") == [first]  # the same
+    (tmp_path / "v2/x/cgroup.procs").write_text(f"{first}\n{second}\n")
+    for text in ("x", "/x", "0::/x"):
+        line = fails(inside(machine, "-g", text))
+        directories = ", ".join(f"{tmp_path}/{name}/x" for name in ("v2", "cpu", "memory"))
+        said = f"{text!r} has other processes in each of {directories}: name one of these"
+        assert line == f"memuse: {said}\n"
+    assert machine.found(f"{tmp_path}/v2/x") == [first, second]
+
+
+def test_members_that_come_between_two_hierarchies_are_no_difference(
+    family: Family, tmp_path: Path
+) -> None:
+    first, second, _ = family.children
+
+    class Coming(Mounts):
+        def before_opening(self, path: str) -> None:
+            if path == f"{tmp_path}/memory/x/cgroup.procs":
+                for name in ("v2", "memory"):
+                    (tmp_path / name / "x/cgroup.procs").write_text(f"{first}\n{second}\n")
+
+    machine = Coming(tmp_path, "memory")
+    machine.group("v2/x", first)
+    machine.group("memory/x", first)
+    assert machine.found("x") == [first, second]
+
+
+def test_v2_and_v1_of_this_machine(family: Family) -> None:
     mounts = hierarchies()
     with made(mounts.get("cgroup2")) as new, made(mounts.get("cgroup")) as old:
-        put(old, first)
-        put(new, second)
-        assert tree_of("-g", NAME) == [(second, 0)]
-        assert tree_of("-g", old) == [(first, 0)]
-        os.kill(second, 9)
-        wait_for(lambda: not (new / "cgroup.procs").read_text())
-        fails(inside(None, "-g", NAME), "has no process")  # though v1's group has one
+        put(old, family.parent)
+        assert tree_of("-g", NAME) == [(family.parent, 0)]
+        put(new, family.parent)
+        assert tree_of("-g", NAME[2:]) == [(family.parent, 0)]
+        put(new, family.children[0])
+        fails(inside(None, "-g", NAME), str(old), str(new))
 
 
 def test_a_slash_is_the_whole_machine(forked: int) -> None:
@@ -218,13 +307,47 @@ def test_a_slash_is_the_whole_machine(forked: int) -> None:
     ]
 
 
+# ---- What the kernel charges to it ----------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["memory.current", "memory.usage_in_bytes"])
+def test_total_tells_what_the_kernel_charges(name: str, family: Family, tmp_path: Path) -> None:
+    (tmp_path / "cgroup.procs").write_text(f"{family.parent}\n")
+    (tmp_path / name).write_text(f"{617 << 20}\n")
+    for option, words in (
+        ("", "KiB, 1 process, memory.current 631808"),
+        ("-b", "bytes, 1 process, memory.current 646971392"),
+        ("-h", "1 process, memory.current 617M"),
+    ):
+        options = (option,) if option else ()
+        result = inside(None, *options, "-g", tmp_path)
+        assert result.stdout.splitlines()[-1].endswith(f" {words}")
+    assert measured("-g", tmp_path)["memory_current"] == 617 << 20
+    # It is no figure of a set that has more in it.
+    for more in ((family.children[0],), ("-g", tmp_path)):
+        assert "memory_current" not in measured("-g", tmp_path, *more)
+        assert "memory.current" not in inside(None, "-g", tmp_path, *more).stdout
+    (tmp_path / name).unlink()
+    assert "memory_current" not in measured("-g", tmp_path)
+
+
+def test_the_charge_is_of_the_hierarchy_that_has_one(family: Family, tmp_path: Path) -> None:
+    """On a hybrid machine v2 has the processes, too, and v1 the controller."""
+    machine = Mounts(tmp_path, "pids", "memory")
+    for name in ("v2", "pids", "memory"):
+        machine.group(f"{name}/x", family.parent)
+    (tmp_path / "memory/x/memory.usage_in_bytes").write_text("4096\n")
+    assert reported(inside(machine, "--json", "-g", "x"))["memory_current"] == 4096
+
+
 # ---- What can go wrong ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["no/such/group", "/no/such/group", "/etc", "/etc/passwd", "..."])
+@pytest.mark.parametrize("path", ["no/such/group", "/no/such/group", "/etc", "/etc/passwd"])
 def test_a_group_that_is_not_there(path: str) -> None:
     for arguments in ((), (os.getpid(),)):
-        said = f"memuse: there is no control group {path!r}\n"
+        where = "/proc/PID/cgroup has a process's groups"
+        said = f"memuse: there is no control group {path!r}; {where}\n"
         assert fails(inside(None, "-g", path, *arguments)) == said
 
 
@@ -232,11 +355,11 @@ def test_a_groups_name_reaches_no_terminal_as_it_is() -> None:
     fails(inside(None, "-g", "a\x1b[2J\nb"), "a\\x1b[2J\\nb")
 
 
-def test_no_name_is_not_the_whole_machine() -> None:
+@pytest.mark.parametrize("text", ["", ".", "./", "..", "..."])
+def test_no_name_is_not_the_whole_machine(text: str) -> None:
     """As from a shell's variable that is not set."""
-    result = run_memuse("-o", "pid", "-g", "")
-    assert result.stdout == ""
-    assert result.returncode in {1, 2}
+    said = f"memuse: {text!r} is no control group; -g / is the whole machine\n"
+    assert fails(inside(None, "-o", "pid", "-g", text)) == said
 
 
 def test_a_group_without_a_process(each: Path) -> None:
