@@ -102,6 +102,7 @@ COLUMNS = {
     "rss": Column("RSS", ROLLUP, b"Rss:", "s+j", "resident memory"),
     "pss": Column("PSS", ROLLUP, b"Pss:", "s+tj", "RSS with each page divided by its mappings"),
     "uss": Column("USS", ROLLUP, b"Private_", "sj", "the part of RSS that it alone maps"),
+    "lazyfree": Column("LAZYFREE", ROLLUP, b"LazyFree:", "s+", "the part that MADV_FREE gave back"),
     "pte": Column("PTE", STATUS, b"VmPTE:", "s+", "its page tables, which no other column has"),
     "swap": Column("SWAP", PAGEMAP, b"", "stj", "distinct swap slots as memory"),
     "command": Column("COMMAND", CMDLINE, b"", "tj", "command line, drawn as a tree"),
@@ -362,7 +363,8 @@ def command_line(cmdline: bytes, name: bytes) -> str:
 def escaped(text: str) -> str:
     """The text with what a terminal might obey, or not show, written as escapes."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # PEP 383
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    harmless = {c for c in {*text} if c.isprintable()} - {*"│├└─"}  # with which a tree is drawn
+    return "".join(c if c in harmless else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---- The machine --------------------------------------------------------------------------------
@@ -507,7 +509,7 @@ class Kernel:
         self.kpageflags = files.enter_context(machine.opened(f"{machine.proc}/kpageflags"))
         self.kpagecount = files.enter_context(machine.opened(f"{machine.proc}/kpagecount"))
         for file in (self.kpageflags, self.kpagecount):
-            if not machine.words(file, 0, 1):
+            if not machine.pread(file, WORD, 0):
                 raise Error(f"{file.path} reads empty, so that no frame can be counted")
         self.zero_pages = [pfn for pfn in own if self.flags_of(pfn) & KPF_ZERO_PAGE]
         self.pmd_pages = 0  # pages in a PMD-mapped huge page, if there are any (transhuge.rst)
@@ -624,7 +626,8 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
     """The roots with all below them, and the members: depth first, siblings by PID.
 
     From one pass: psutil's children(recursive=True) makes two, and loses those whose parent exits
-    in between.  memuse is left out, and so are those right above that only wait and are no roots.
+    in between.  memuse is left out.  So are those right above that only wait, and kernel
+    threads, unless they are roots.
     """
     own_pid = machine.own_pid()  # before all else: it fails on the wrong /proc
     stats = {pid: stat for pid in sorted(machine.pids()) for stat in [machine.stat(pid)] if stat}
@@ -638,11 +641,12 @@ def find_processes(machine: Machine, roots: list[int], members: set[int]) -> lis
         if pid not in chosen:
             chosen.add(pid)
             below += children[pid]
-    chosen = (chosen | members) & stats.keys() - {own_pid}
+    left_out = {pid for pid, stat in stats.items() if stat.flags & PF_KTHREAD}
     child, pid = own_pid, stats[own_pid].ppid if own_pid in stats else 0
     while pid in stats and stats[pid].name in WAITERS and children[pid] == [child]:
-        chosen -= {pid} - {*roots}
+        left_out.add(pid)
         child, pid = pid, stats[pid].ppid
+    chosen = (chosen | members) & stats.keys() - (left_out - {*roots}) - {own_pid}
 
     # First those without a chosen parent.  Others are tops only if PIDs used anew make a circle.
     tops = [pid for pid in (*roots, *sorted(chosen)) if pid in chosen]
@@ -1735,14 +1739,18 @@ class Result(NamedTuple):
 
 
 def survey(
-    machine: Machine, kernel: Kernel | None, columns: set[str], nodes: list[Node]
+    machine: Machine,
+    kernel: Kernel | None,
+    columns: set[str],
+    nodes: list[Node],
+    progress: Progress,
 ) -> tuple[list[Result], str]:
     """Read and count these processes as one set; without a kernel, no frames.
 
     Returns a result for each that has not exited, and TOTAL's; and what was refused, or "".
     """
     figures = KernelFigures(machine, nodes) if columns_from(ROLLUP) & columns else None
-    memory, progress = Memory(machine), Progress(len(nodes))
+    memory = Memory(machine)
     partly_mapped = None
     if kernel and {"tree", "freed"} & columns and kernel.may_be_partly_mapped():
         partly_mapped = PartlyMapped(kernel)
@@ -1759,7 +1767,6 @@ def survey(
     if census:
         census.add_up(columns)
     results = [merged(process, depths[process.row], census, figures) for process in processes]
-    progress.erase()
     refused = census.objects.refused if census else ""
     return [*results, total(results, census, columns)], refused
 
@@ -1853,19 +1860,20 @@ def tree_lines(depths: list[int], drawing: Sequence[str]) -> list[str]:
     return lines[::-1]
 
 
+def last_words(results: list[Result], size: Callable[[int], str], charged: int | None) -> str:
+    """What stands at the end of the table: its unit, and how many processes it is about."""
+    unread = sum(bool(result.unread) for result in results)
+    words = UNITS[size] + plural(len(results) - 1) + (f", {unread} unread" if unread else "")
+    return words if charged is None else f"{words}, memory.current {size(charged)}"
+
+
 def table(
-    results: list[Result],
-    columns: list[str],
-    size: Callable[[int], str],
-    width: int,
-    charged: int | None = None,
+    results: list[Result], columns: list[str], size: Callable[[int], str], width: int, words: str
 ) -> list[str]:
     """Header, processes, TOTAL.  Of lines longer than `width`, if any, only the command is cut."""
-    unread = sum(bool(result.unread) for result in results)
-    about = plural(len(results) - 1) + (f", {unread} unread" if unread else "")
-    about += "" if charged is None else f", memory.current {size(charged)}"
-    words: Cells = {"pid": "TOTAL", "command": UNITS[size] + about}
-    results = [*results[:-1], results[-1]._replace(cells={**results[-1].cells, **words})]
+    at_command = columns[0] != "pid" and "command" in columns
+    cells = {"command": f"TOTAL {words}"} if at_command else {"pid": "TOTAL", "command": words}
+    results = [*results[:-1], results[-1]._replace(cells={**results[-1].cells, **cells})]
     shown = {
         name: [COLUMNS[name].header, *(cell_text(result, name, size) for result in results)]
         for name in columns
@@ -1885,7 +1893,10 @@ def table(
         blanks = [" " * (wide - columns_of(text)) for text in shown[name]]
         pairs = zip(shown[name], blanks) if name in TEXTS else zip(blanks, shown[name])
         shown[name] = ["".join(pair) for pair in pairs]
-    return [" ".join(line).rstrip() for line in zip(*shown.values())]
+    lines = [" ".join(line).rstrip() for line in zip(*shown.values())]
+    if not {"pid", "command"} & {*columns}:
+        lines[-1] += " TOTAL"
+    return lines
 
 
 def cell_text(result: Result, name: str, size: Callable[[int], str]) -> str:
@@ -1924,20 +1935,20 @@ def cut(text: str, room: int) -> str:
 
 
 def as_json(
-    results: list[Result], columns: list[str], page_size: int, charged: int | None = None
+    results: list[Result],
+    columns: list[str],
+    page_size: int,
+    skipped: dict[int, str],
+    charged: int | None = None,
 ) -> str:
     import json  # not above: it would be a part of every start
 
-    rows = [{**result.cells, "depth": result.depth} for result in results]
+    *rows, total = [{**result.cells, "depth": result.depth} for result in results]
     content: dict[str, Any] = {
         "page_size": page_size,
-        "processes": [{name: row.get(name) for name in columns} for row in rows[:-1]],
-        "total": {name: rows[-1].get(name) for name in columns if is_figure(name)},
-        "skipped": [
-            {"pid": result.cells["pid"], "reason": result.unread}
-            for result in results
-            if result.unread
-        ],
+        "processes": [{name: row.get(name) for name in columns} for row in rows],
+        "total": {name: total.get(name) for name in columns if is_figure(name)},
+        "skipped": [{"pid": pid, "reason": reason} for pid, reason in skipped.items()],
     }
     if charged is not None:
         content["memory_current"] = charged
@@ -2011,6 +2022,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     unit("-h", "--human-readable", const=human, help="sizes like 6.9M, powers of 1024", **common)
     add("-J", "--json", action="store_true", help="JSON, sizes in bytes")
     add("-o", "--output", metavar="COLUMNS", help="columns to show; +COLUMNS adds to the default")
+    depth: Any = {"metavar": "N", "type": int, "default": sys.maxsize}
+    add("-d", "--max-depth", help="show only N levels of rows below the topmost", **depth)
     add("-g", "--cgroup", metavar="GROUP", action="append", help="a control group; may be repeated")
     add("--help", action="help", help="show this and exit")
     add("-V", "--version", action="version", version=f"memuse {__version__}")
@@ -2035,6 +2048,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
             hint = f": try sudo memuse $(pgrep -o {text}), or -g {text} for a unit"
             parser.error(f"{text!r} is not a PID{hint if text[0].isalpha() else ''}")
+    if arguments.max_depth < 0:
+        parser.error("a depth is 0 or more")
     arguments.columns = list(dict.fromkeys(names))
     return arguments
 
@@ -2082,23 +2097,28 @@ def run(machine: Machine, argv: list[str]) -> int:
             kernel = Kernel(machine, files) if nodes and from_frames else None
         except (PermissionError, FileNotFoundError) as error:
             raise refusal(machine, error, nodes, argv) from None
-        results, refused = survey(machine, kernel, {*columns}, nodes)
+        progress = Progress(len(nodes))
+        files.callback(progress.erase)  # before an error is told, too
+        results, refused = survey(machine, kernel, {*columns}, nodes, progress)
 
     found, shown = {node.pid for node in nodes}, {result.cells["pid"] for result in results[:-1]}
-    failures = [why_missing(machine, pid) for pid in roots if pid not in found]
     exited = found - shown
-    failures += [refused] if refused else []
-    failures += [f"process {pid} exited while it was being read" for pid in roots if pid in exited]
-    skipped = {result.cells["pid"]: result.unread for result in results if result.unread}
-    for why in dict.fromkeys(skipped.values()):
-        pids = [str(pid) for pid in skipped if skipped[pid] == why]
+    missing = {pid: why_missing(machine, pid) for pid in roots if pid not in found}
+    ended = {pid: f"process {pid} exited while it was being read" for pid in roots if pid in exited}
+    unread = {int(result.cells["pid"]): result.unread for result in results if result.unread}
+    failures = [*missing.values(), *([refused] if refused else []), *ended.values()]
+    for why in dict.fromkeys(unread.values()):
+        pids = [str(pid) for pid in unread if unread[pid] == why]
         failures.append(f"process{'es' * (len(pids) > 1)} {', '.join(pids)} not read: {why}")
-    if shown <= skipped.keys():
+    if shown <= unread.keys():
         raise Error("; ".join(failures) or "none of the processes is left")
+    rows = [result for result in results if result.depth <= arguments.max_depth]
     if arguments.json:
-        lines = [as_json(results, columns, machine.page_size, charged)]
+        skipped = {**missing, **ended, **unread}
+        lines = [as_json(rows, columns, machine.page_size, skipped, charged)]
     else:
-        lines = table(results, columns, arguments.size, width_of_output(), charged)
+        words = last_words(results, arguments.size, charged)
+        lines = table(rows, columns, arguments.size, width_of_output(), words)
     write("".join(f"{line}\n" for line in lines), sys.stdout)
     others = len(exited - {*roots})
     notes = [f"{plural(others)} exited while being read"] if others else []

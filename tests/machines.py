@@ -244,14 +244,14 @@ class Emptied(Here):
 
 
 class WithoutWords(Here):
-    """One whose files of such a name have no words."""
+    """One whose file of such a name has no words."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def words(self, fd: memuse.Descriptor, first: int, number: int) -> bytes:
+    def pread(self, fd: memuse.Descriptor, size: int, offset: int) -> bytes:
         empty = os.path.basename(fd.path) == self.name
-        return b"" if empty else super().words(fd, first, number)
+        return b"" if empty else super().pread(fd, size, offset)
 
 
 class SlowClock(Here):
@@ -266,6 +266,14 @@ class SlowAndInterrupted(Interrupted):
 
     def __init__(self, times: str, event: str) -> None:
         super().__init__(times, event)
+        SlowClock()
+
+
+class SlowAndFull(OutOfMemory):
+    """Both."""
+
+    def __init__(self, times: str, event: str) -> None:
+        super().__init__("ENOMEM", times, event)
         SlowClock()
 
 

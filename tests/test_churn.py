@@ -237,7 +237,7 @@ def test_if_only_the_kernels_figures_cannot_be_had_its_row_stays(turning: Turnin
     assert (first[0], second[0]) == (str(other.pid), str(turning.pid))
     assert second[2:5] == ["-", "-", "-"]
     assert int(second[1]) > 0
-    assert [first[1], first[2]] == alone
+    assert [first[1], first[2], "TOTAL"] == alone
     assert (total[2], total[5]) == (first[2], "KiB, 2 processes")
 
 

@@ -42,6 +42,7 @@ COLUMNS = [name for name, column in memuse.COLUMNS.items() if column.header]
     "arguments",
     [
         "abc", "-5", "0", "1.5", "1_000", "1,x", "\u0661", "1 -x", "-b -h 1", "--js 1",
+        "-d 1", "-d x 1", "-d -1 1", "-d '' 1",
         "-o nothing 1", "-o '' 1", "-o + 1", "-o pid, 1", "-o", "-g", "1 2 x",
     ],
 )  # fmt: skip
@@ -201,14 +202,19 @@ def incomplete(result: Result, *rows: int) -> str:
     return result.stderr
 
 
+def skipped(result: Result) -> dict[int, str]:
+    return {each["pid"]: each["reason"] for each in json.loads(result.stdout)["skipped"]}
+
+
 @needs_root
 def test_others_are_shown_beside_a_process_that_is_gone(ended_child: int) -> None:
     with ready(TREE, 1) as process:
         (child,) = psutil.Process(process.pid).children()
         result = inside(None, "--json", ended_child, process.pid, 10**17)
-        assert incomplete(result, process.pid, child.pid) == (
-            f"memuse: there is no process {ended_child}\nmemuse: there is no process {10**17}\n"
-        )
+        reasons = {pid: f"there is no process {pid}" for pid in (ended_child, 10**17)}
+        said = "".join(f"memuse: {reason}\n" for reason in reasons.values())
+        assert incomplete(result, process.pid, child.pid) == said
+        assert skipped(result) == reasons
     line = fails(inside(None, ended_child, 10**17))
     assert line == f"memuse: there is no process {ended_child}; there is no process {10**17}\n"
 
@@ -223,8 +229,9 @@ def test_others_are_shown_beside_a_process_that_exits_while_it_is_read() -> None
             process.pid,
             other.pid,
         )
-        said = f"memuse: process {other.pid} exited while it was being read\n"
-        assert incomplete(result, process.pid) == said
+        reason = f"process {other.pid} exited while it was being read"
+        assert incomplete(result, process.pid) == f"memuse: {reason}\n"
+        assert skipped(result) == {other.pid: reason}
 
 
 def kill_and_reap(process: subprocess.Popen[bytes]) -> None:
@@ -261,19 +268,23 @@ def test_a_threads_id_is_told_with_its_process() -> None:
 
 
 @needs_root
+def test_kernel_threads_are_rows_only_if_they_are_named() -> None:
+    (thread, *_) = psutil.Process(2).children()
+    assert tree_of(2) == [(2, 0)]
+    assert tree_of(2, thread.pid) == [(2, 0), (thread.pid, 1)]
+    result = inside(None, "--json", "-o", "pid", "-g", "/")
+    assert not {2, thread.pid} & {row["pid"] for row in json.loads(result.stdout)["processes"]}
+
+
+@needs_root
 def test_zombies_and_kernel_threads_are_rows_of_zeros() -> None:
     with ready(TREE, 1) as process:
         (child,) = psutil.Process(process.pid).children()
         kill(child.pid)
-        for _ in range(10):
-            result = inside(None, "--json", process.pid, 2)
-            if not result.stderr:  # else a kernel thread exited meanwhile
-                break
-    assert (result.returncode, result.stderr) == (0, "")
-    rows = [row for row in json.loads(result.stdout)["processes"] if row["command"][0] == "["]
+        rows = [row for row in measured(process.pid, 2)["processes"] if row["command"][0] == "["]
     assert any((row["pid"], row["command"]) == (2, "[kthreadd]") for row in rows)
     assert child.pid in {row["pid"] for row in rows}
-    assert {row["ppid"] for row in rows} == {0, 2, process.pid}
+    assert {row["ppid"] for row in rows} == {0, process.pid}
     for row in rows:
         names = set(row) - {"pid", "ppid", "depth", "command"}
         assert {row[name] for name in names} == {0}

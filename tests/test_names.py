@@ -110,6 +110,21 @@ def test_no_trick_of_a_command_line_reaches_the_terminal(name: str, hostile: lis
         assert pids == hostile
 
 
+@pytest.mark.parametrize("line", [" └─ ", "│  ├─ ", " ├─nginx: worker"])
+def test_no_command_looks_like_a_line_of_the_tree(line: str) -> None:
+    """In a name of one's own choice; else a row seems to be below the one above it."""
+    with shells([line.encode()]) as (pid,):
+        (row,) = shown_rows(pid)
+        assert not {*"│├└─"} & {*row}
+        assert line.encode("unicode_escape").decode().strip() in row
+
+
+def shown_rows(*pids: int) -> list[str]:
+    result = inside(None, *pids)
+    assert (result.returncode, result.stderr) == (0, "")
+    return str(result.stdout).splitlines()[1:-1]
+
+
 # ---- Long ones ------------------------------------------------------------------
 
 

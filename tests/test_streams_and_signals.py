@@ -123,8 +123,8 @@ def test_no_streams(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
 # ---- Progress -------------------------------------------------------------------
 
 
-def with_slow_clock(forked: int, **streams: int) -> Result:
-    return simulated("SlowClock", forked, capture_output=False, stdout=subprocess.PIPE, **streams)
+def with_slow_clock(forked: int, machine: str = "SlowClock", **streams: int) -> Result:
+    return simulated(machine, forked, capture_output=False, stdout=subprocess.PIPE, **streams)
 
 
 def test_progress_of_a_long_run_on_a_terminal(forked: int) -> None:
@@ -137,6 +137,15 @@ def test_progress_of_a_long_run_on_a_terminal(forked: int) -> None:
     assert told == sorted(told)
     assert told[-1][0] >= 3
     assert told[-1][1] > 1000
+
+
+def test_an_error_takes_the_progress_away(forked: int) -> None:
+    run = functools.partial(with_slow_clock, forked, machine="SlowAndFull 2 words:/proc/kpagecount")
+    result, shown = on_terminal("stderr", 80, run)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(
+        r"(\r\d of 4 [^\r]+\x1b\[K)+\r\x1b\[Kmemuse: there is not enough memory\n", shown
+    )
 
 
 def test_no_progress_elsewhere(forked: int) -> None:

@@ -79,7 +79,8 @@ RESULTS = [
 
 
 def table(*columns: str, size: Any = memuse.kib, width: int = 0) -> list[str]:
-    return memuse.table(RESULTS, [*columns] or memuse.IN_TABLE, size, width)
+    words = memuse.last_words(RESULTS, size, None)
+    return memuse.table(RESULTS, [*columns] or memuse.IN_TABLE, size, width, words)
 
 
 def test_table() -> None:
@@ -94,12 +95,22 @@ def test_table() -> None:
 
 def test_table_with_chosen_columns_and_sizes() -> None:
     assert table("user", "command", "rss", "pte", "uss", "pid", size=memuse.human) == [
-        "USER COMMAND                RSS PTE  USS   PID",
-        "root /usr/bin/zsh          6.7M 52K 1.6M 15897",
-        "joe   └─ secret               -   -    -    77",
-        "joe      └─ sudo make      2.0M 40K 944K  9783",
-        "-    3 processes, 1 unread 8.7M 92K    - TOTAL",
+        "USER COMMAND                      RSS PTE  USS   PID",
+        "root /usr/bin/zsh                6.7M 52K 1.6M 15897",
+        "joe   └─ secret                     -   -    -    77",
+        "joe      └─ sudo make            2.0M 40K 944K  9783",
+        "-    TOTAL 3 processes, 1 unread 8.7M 92K    -     -",
     ]
+
+
+@pytest.mark.parametrize("columns", ["pid", "rss,pid", "rss", "user", "rss,command", "command,pid"])
+def test_the_last_row_says_total_whatever_the_columns(columns: str) -> None:
+    """At the command where no pid leads, and behind its figures where there is neither."""
+    *others, last = table(*columns.split(","))
+    assert last.split().count("TOTAL") == 1
+    assert not [line for line in others if "TOTAL" in line]
+    if "command" in columns:
+        assert "TOTAL KiB, 3 processes, 1 unread" in last
 
 
 def test_columns_widen_for_big_numbers() -> None:
@@ -114,7 +125,7 @@ def test_columns_widen_for_big_numbers() -> None:
 
 
 def test_json() -> None:
-    report = json.loads(memuse.as_json(RESULTS, memuse.IN_JSON, 4096))
+    report = json.loads(memuse.as_json(RESULTS, memuse.IN_JSON, 4096, {77: REFUSED}))
     assert list(report) == ["page_size", "processes", "total", "skipped"]
     assert report["page_size"] == 4096
     names = "pid ppid depth frames unique size tree freed anon shmem file rss pss uss swap command"
@@ -125,7 +136,7 @@ def test_json() -> None:
     figures = {name: TOTAL[name] for name in TOTAL if name != "pte"}
     assert report["total"] == {**figures, "uss": None}
     assert report["skipped"] == [{"pid": 77, "reason": REFUSED}]
-    some = json.loads(memuse.as_json(RESULTS, ["pid", "user", "rss"], 4096))
+    some = json.loads(memuse.as_json(RESULTS, ["pid", "user", "rss"], 4096, {}))
     assert some["processes"][2] == {"pid": 9783, "user": "joe", "rss": 2097152}
     assert some["total"] == {"rss": 9097216}
 
@@ -149,8 +160,11 @@ def test_columns_are_as_wide_as_what_is_in_them_and_a_space_apart(forked: int) -
 
 def test_cells_are_plain_numbers(forked: int) -> None:
     _, *rows, total = shown("-o", "frames,unique,size,tree,freed,pss,swap", forked)
-    assert all(re.fullmatch("[0-9]+", cell) for row in [*rows, total] for cell in row.split())
-    frames, unique, size, tree, *_ = map(int, total.split())
+    *figures, word = total.split()
+    assert word == "TOTAL"
+    cells = [*figures, *(cell for row in rows for cell in row.split())]
+    assert all(re.fullmatch("[0-9]+", cell) for cell in cells)
+    frames, unique, size, tree, *_ = map(int, figures)
     assert sum(int(row.split()[1]) for row in rows) == unique == frames
     assert size == tree == frames * os.sysconf("SC_PAGE_SIZE") // 1024
 
@@ -177,7 +191,7 @@ def test_the_unit_stands_beside_the_number_of_processes(
 
 def test_units_agree(forked: int) -> None:
     in_bytes, kib, short = (
-        shown(option, "-o", "size", forked)[-1].strip() for option in ("-b", "-osize", "-h")
+        shown(option, "-o", "size", forked)[-1].split()[0] for option in ("-b", "-osize", "-h")
     )
     assert int(in_bytes) // 1024 == int(kib)
     assert short == memuse.human(int(in_bytes))
@@ -234,6 +248,27 @@ def test_page_tables_and_command_of_a_process_whose_first_thread_has_ended(
     assert "lone_thread" in row["command"]
 
 
+# Memory that its owner has given back for when the kernel needs it.
+LAZY = """
+import mmap, os
+memory = mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_NOHUGEPAGE)
+memory.write(b"x" * (8 << 20))
+memory.madvise(getattr(mmap, "MADV_FREE", 8), 0, 6 << 20)
+print("ready", flush=True)
+os.read(0, 1)
+"""
+
+
+def test_what_madv_free_gave_back_counts_and_is_told() -> None:
+    with ready(LAZY) as process:
+        report = measured("-o", "+lazyfree,pte", process.pid)
+    (row,) = report["processes"]
+    # The kernel marks pages in batches, so that the last few may not be marked yet.
+    assert 5 << 20 < row["lazyfree"] == report["total"]["lazyfree"] <= 6 << 20
+    assert row["anon"] >= row["freed"] >= 8 << 20
+
+
 def test_a_set_has_no_uss_of_its_own(forked: int) -> None:
     assert measured("-o", "uss,rss", forked)["total"]["uss"] is None
     assert shown("-o", "uss,pid", forked)[-1].split() == ["-", "TOTAL"]
@@ -272,6 +307,26 @@ def test_the_tree_is_drawn_in_the_outputs_encoding(
     result = run_memuse(forked, env=ENVIRONMENT | environment, text=False)
     assert f"    {drawn}".encode() in result.stdout or f" {drawn}".encode() in result.stdout
     assert result.stdout.isascii() == drawn.isascii()
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_rows_below_a_depth_are_left_out_and_counted(depth: int, forked: int) -> None:
+    columns = ("-o", "pid,frames,unique,tree,freed,command")
+    whole, rows = measured(*columns, forked), measured(*columns, "-d", depth, forked)
+    assert rows["total"] == whole["total"]
+    depths = {row["pid"]: row["depth"] for row in measured(forked)["processes"]}
+    assert rows["processes"] == [row for row in whole["processes"] if depths[row["pid"]] <= depth]
+    columns = ("-o", "pid,frames,tree,command")
+    lines = shown(*columns, "--max-depth", depth, forked)
+    assert [line.split()[0] for line in lines[1:-1]] == [str(r["pid"]) for r in rows["processes"]]
+    assert lines[-1] == shown(*columns, forked)[-1]
+    assert lines[-1].endswith("KiB, 4 processes")
+    assert len(lines) == 2 + {0: 1, 1: 3}.get(depth, 4)
+
+
+def test_the_tree_is_drawn_without_what_is_left_out(forked: int) -> None:
+    drawn = [re.match("[ │├└─]*", line) for line in shown("-d", 1, "-o", "command", forked)[1:-1]]
+    assert [match and match[0] for match in drawn] == ["", " ├─ ", " └─ "]
 
 
 # ---- Widths ---------------------------------------------------------------------
@@ -440,6 +495,16 @@ def test_what_is_below_a_process_that_cannot_be_read_is_counted_and_drawn_below_
     assert top["tree"] < whole["processes"][0]["tree"]
     assert report["skipped"][0]["pid"] == upper
     assert result.returncode == 1
+
+
+def test_an_unread_row_that_is_left_out_is_told(family: tuple[int, list[int]]) -> None:
+    pid, children = family
+    result = hiding(children[:1], "-d", 0, pid)
+    assert result.stdout.endswith(" KiB, 4 processes, 1 unread\n")
+    assert result.stdout.count("\n") == 3
+    report = json.loads(hiding(children[:1], "--json", "-d", 0, pid).stdout)
+    assert [row["pid"] for row in report["processes"]] == [pid]
+    assert [each["pid"] for each in report["skipped"]] == children[:1]
 
 
 def test_one_line_for_each_reason(family: tuple[int, list[int]]) -> None:
