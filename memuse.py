@@ -1780,7 +1780,7 @@ def merged(
         try:
             cells.update(figures.get(process.node))
         except PermissionError as error:
-            unread = unread or reason(error, process.pid)
+            unread = unread or reason(error, process.node.pid)
         except VANISHED:
             pass  # its frames stay counted
     if census:
