@@ -99,7 +99,7 @@ COLUMNS = {
     "anon": Column("ANON", PAGEMAP, b"", "sj", "the part of SIZE that is anonymous memory"),
     "shmem": Column("SHMEM", PAGEMAP, b"", "sj", "the part of SIZE that is shared memory"),
     "file": Column("FILE", PAGEMAP, b"", "sj", "the rest of SIZE: files and drivers' memory"),
-    "rss": Column("RSS", ROLLUP, b"Rss:", "s+j", "resident memory"),
+    "rss": Column("RSS", ROLLUP, b"Rss:", "s+j", "resident memory, the kernel's figure"),
     "pss": Column("PSS", ROLLUP, b"Pss:", "s+tj", "RSS with each page divided by its mappings"),
     "uss": Column("USS", ROLLUP, b"Private_", "sj", "the part of RSS that it alone maps"),
     "lazyfree": Column("LAZYFREE", ROLLUP, b"LazyFree:", "s+", "the part that MADV_FREE gave back"),
@@ -696,7 +696,7 @@ def find_groups(machine: Machine, text: str) -> list[str]:
                 found.setdefault(directory[len(mount) :], []).append(directory)
     found = {at: found[at] for at in found if os.path.basename(at) == path} or found
     if not found:
-        raise Error(f"there is no control group {text!r}; /proc/PID/cgroup has a process's groups")
+        raise Error(f"there is no control group {text!r}; cat /proc/PID/cgroup shows a process's")
     if len(found) > 1:
         some = ", ".join(sorted(found)[:5]) + ", ..." * (len(found) > 5)
         raise Error(f"{len(found)} control groups have {text!r} in their names: {some}")
@@ -1993,14 +1993,9 @@ class Parser(argparse.ArgumentParser):
         write(message, file)
 
 
-def about_column(name: str) -> str:
-    column = COLUMNS[name]
-    return column.about + (", the kernel's figure" if column.source == ROLLUP else "")
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     names_of_all = [name for name, column in COLUMNS.items() if column.header]
-    about_columns = "".join(f"  {name:8} {about_column(name)}\n" for name in names_of_all)
+    about_columns = "".join(f"  {name:8} {COLUMNS[name].about}\n" for name in names_of_all)
     parser = Parser(
         prog="memuse",
         add_help=False,

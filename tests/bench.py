@@ -366,7 +366,8 @@ def measure_tree(pid: int, options: argparse.Namespace, sleeper: int, with_floor
         }
         for name in ("wall", "cpu", "peak_mib")
     ]
-    return Medians(*medians, len(rows), sum(row["frames"] for row in rows))
+    wall, cpu, peak = medians
+    return Medians(wall, cpu, peak, len(rows), sum(row["frames"] for row in rows))
 
 
 def worst_waits(options: argparse.Namespace) -> list[list[str]]:

@@ -391,7 +391,8 @@ def anything(seed: str) -> None:
             for _ in range(chance.randint(1, 9)):
                 change(chance.randrange(len(areas)))
         for number in range(chance.choice([0, 1, 1, 2, 3]) if generation < 4 else 0):
-            fork(lambda number=number: grow_up(f"{seed} {generation} {number}", generation + 1))
+            name = f"{seed} {generation} {number}"
+            fork(lambda name=name: grow_up(name, generation + 1))  # type: ignore[misc]
             change(chance.randrange(len(areas)))
 
     def grow_up(name: str, generation: int) -> None:

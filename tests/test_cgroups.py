@@ -346,7 +346,7 @@ def test_the_charge_is_of_the_hierarchy_that_has_one(family: Family, tmp_path: P
 @pytest.mark.parametrize("path", ["no/such/group", "/no/such/group", "/etc", "/etc/passwd"])
 def test_a_group_that_is_not_there(path: str) -> None:
     for arguments in ((), (os.getpid(),)):
-        where = "/proc/PID/cgroup has a process's groups"
+        where = "cat /proc/PID/cgroup shows a process's"
         said = f"memuse: there is no control group {path!r}; {where}\n"
         assert fails(inside(None, "-g", path, *arguments)) == said
 

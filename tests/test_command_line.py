@@ -338,7 +338,7 @@ def test_others_above_memuse_are_shown(sudo: Path) -> None:
 @needs_root
 def test_a_waiter_with_another_child_is_shown(sudo: Path) -> None:
     (sudo / "sudo").write_text('#!/bin/sh\nsleep 60 &\n"$@"\nkill $!\n')
-    rows = rows_of(run_memuse("--json", os.getpid(), prefix=[sudo / "sudo"]))
+    rows = rows_of(run_memuse("--json", os.getpid(), prefix=[str(sudo / "sudo")]))
     assert [command for _, command in rows if f"{sudo}/sudo" in command]
 
 

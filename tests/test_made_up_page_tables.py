@@ -196,7 +196,7 @@ CHAIN, FAN, TWO_BRANCHES = [0, 1, 2, 3, 4], [0, 0, 0, 0, 0], [0, 1, 0, 3, 3]
 
 def case(made: list[list[Area]], **others: Any) -> Any:
     """An example: a chain of processes, on x86-64, unless others than the usual are given."""
-    usual = {"parents": CHAIN, "twins": set(), "fates": {}, "machine": (4, 512)}
+    usual: dict[str, Any] = {"parents": CHAIN, "twins": set(), "fates": {}, "machine": (4, 512)}
     usual |= {"byteorder": "little", "outsiders": False, "patches": {}}
     return example(made=made, **{**usual, **others})
 

@@ -94,9 +94,9 @@ def hostile() -> Iterator[list[int]]:
 def test_no_trick_of_a_command_line_reaches_the_terminal(name: str, hostile: list[int]) -> None:
     encoding = name if name in {"utf-8", "latin-1"} else "ascii"
     env = {**ENVIRONMENT, **ENVIRONMENTS[name]}
-    result = run_memuse("--json", *hostile, text=False, env=env)
+    result: Any = run_memuse("--json", *hostile, text=False, env=env)
     assert (result.stderr, result.returncode) == (b"", 0)
-    check_harmless(result.stdout, encoding, 1)  # type: ignore[arg-type]
+    check_harmless(result.stdout, encoding, 1)
     rows = json.loads(result.stdout)["processes"]
     assert [row["pid"] for row in rows] == hostile
     for row in rows:  # not only in JSON's own escapes: jq -r prints these as they are
@@ -105,7 +105,7 @@ def test_no_trick_of_a_command_line_reaches_the_terminal(name: str, hostile: lis
     for more in ({}, {"COLUMNS": "100"}):
         result = run_memuse(*hostile, text=False, env={**env, **more})
         assert (result.stderr, result.returncode) == (b"", 0)
-        check_harmless(result.stdout, encoding, len(hostile) + 2)  # type: ignore[arg-type]
+        check_harmless(result.stdout, encoding, len(hostile) + 2)
         pids = [int(line.split()[0]) for line in result.stdout.splitlines()[1:-1]]
         assert pids == hostile
 

@@ -97,7 +97,7 @@ mappings = st.tuples(
 
 @given(st.lists(mappings, min_size=1, max_size=8))
 def test_every_page_is_in_one_area_and_every_page_of_a_file_in_one_vma(made: list[Any]) -> None:
-    lines, at, mapped, of_files = [], 1000, [], {}
+    lines, at, mapped, of_files = [], 1000, list[int](), {}
     for gap, pages, file, offset, rights in made:
         at += gap
         mapped += range(at, at + pages)
@@ -151,6 +151,7 @@ Pss_Dirty:            99 kB
 Pss_Anon:             98 kB
 Private_Clean:         9 kB
 Private_Dirty:         8 kB
+LazyFree:              2 kB
 Private_Hugetlb:       7 kB
 Shared_Hugetlb:        6 kB
 Swap:                  5 kB
@@ -170,10 +171,11 @@ def test_swap_is_that_of_shared_mappings() -> None:
 
 def test_sizes_are_those_of_a_field_or_of_several() -> None:
     sizes = memuse.sizes_of(memuse.ROLLUP, ROLLUP)
-    assert sizes == {"rss": 11 << 10, "pss": 10 << 10, "uss": (9 + 8 + 7) << 10}
+    kib = {"rss": 11, "pss": 10, "uss": 9 + 8 + 7, "lazyfree": 2}
+    assert sizes == {name: size << 10 for name, size in kib.items()}
     assert memuse.sizes_of(memuse.STATUS, STATUS) == {"pte": 52 << 10}
     # Kernel threads and zombies have none.
-    assert memuse.sizes_of(memuse.ROLLUP, b"") == {"rss": 0, "pss": 0, "uss": 0}
+    assert memuse.sizes_of(memuse.ROLLUP, b"") == dict.fromkeys(kib, 0)
 
 
 def test_stat_of_a_process_with_an_evil_name() -> None:
@@ -336,7 +338,7 @@ HEADER = b"7f0000000000-7f0000001000 rw-p 00000000 00:00 0 \n"
 def parse(text: bytes) -> None:
     """Well-formed VMAs and sizes, or the one expected error."""
     for source in (memuse.ROLLUP, memuse.STATUS):
-        assert all(size >= 0 for size in memuse.sizes_of(source, text).values())
+        assert all(int(size) >= 0 for size in memuse.sizes_of(source, text).values())
     assert all(size >= 0 for size in memuse.swap_of_shared(text, PAGE).values())
     with contextlib.suppress(memuse.Error):
         vmas = memuse.parse_maps(text, PAGE)

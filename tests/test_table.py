@@ -304,7 +304,7 @@ def test_the_tree_is_drawn_before_the_commands(forked: int) -> None:
 def test_the_tree_is_drawn_in_the_outputs_encoding(
     environment: dict[str, str], drawn: str, forked: int
 ) -> None:
-    result = run_memuse(forked, env=ENVIRONMENT | environment, text=False)
+    result: Any = run_memuse(forked, env=ENVIRONMENT | environment, text=False)
     assert f"    {drawn}".encode() in result.stdout or f" {drawn}".encode() in result.stdout
     assert result.stdout.isascii() == drawn.isascii()
 
