@@ -357,6 +357,7 @@ def command_line(cmdline: bytes, name: bytes) -> str:
     line = cmdline.rstrip(b"\0").replace(b"\0", b" ")
     line = line if line.strip() else b"[%s]" % name
     shown = escaped(line[:COMMAND_LIMIT].decode("utf-8", "surrogateescape"))
+    shown = re.sub(r"^( *)([|`])", r"\1\\\2", shown)  # with which a tree is drawn in ASCII
     return shown + "..." if len(line) > COMMAND_LIMIT else shown
 
 

@@ -119,6 +119,13 @@ def test_no_command_looks_like_a_line_of_the_tree(line: str) -> None:
         assert line.encode("unicode_escape").decode().strip() in row
 
 
+@pytest.mark.parametrize(("name", "shown"), [("|- x", r"\|- x"), (" `- x", r" \`- x")])
+def test_no_command_looks_like_a_line_of_a_tree_in_ascii(name: str, shown: str) -> None:
+    with shells([name.encode(), b"a | b"]) as (pid,):
+        (row,) = shown_rows(pid)
+    assert f" {shown} -c read x; : a | b" in row
+
+
 def shown_rows(*pids: int) -> list[str]:
     result = inside(None, *pids)
     assert (result.returncode, result.stderr) == (0, "")
