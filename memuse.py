@@ -396,6 +396,10 @@ class Machine:
     def pids(self) -> list[int]:
         return psutil.pids()
 
+    def listed(self, path: str) -> list[str]:
+        """What a directory has in it."""
+        return os.listdir(path)
+
     def link(self, path: str) -> bytes:
         """What a symbolic link says; nothing waits for what it leads to."""
         return os.readlink(os.fsencode(path))
@@ -414,7 +418,7 @@ class Machine:
         """The mounts of memory that only the kernel sees: as memory_mounts()."""
         sizes, folder = [0], f"{self.sysfs}/kernel/mm/hugepages"
         with contextlib.suppress(FileNotFoundError):  # a kernel without huge pages
-            sizes += [int(name[10:-2]) << 10 for name in os.listdir(folder)]
+            sizes += [int(name[10:-2]) << 10 for name in self.listed(folder)]
         mounts = {}
         for size in sizes:
             flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
@@ -583,7 +587,7 @@ class Kernel:
         if not self.pmd_pages:
             return False
         folder = f"{machine.sysfs}/kernel/mm/transparent_hugepage"
-        for name in os.listdir(folder):
+        for name in machine.listed(folder):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path = f"{folder}/{name}/stats/nr_anon_partially_mapped"
                 numbers.append(int(machine.read(path)))
@@ -798,7 +802,7 @@ class Memory:
         Only links are read, until the mount tells that a look at the file waits for nothing.
         """
         found = {}
-        for fd in os.listdir(f"{process}/fd"):
+        for fd in self.machine.listed(f"{process}/fd"):
             with contextlib.suppress(OSError):  # closed meanwhile, or its path has over 4,096 bytes
                 link = f"{process}/fd/{fd}"
                 if is_unnamed(self.machine.link(link)) and self._is_on_memory(process, fd):
@@ -1039,7 +1043,7 @@ def mm_files_of(machine: Machine, pid: int, stat: Stat) -> str | None:
     if stat.state not in ENDED:
         return ""
     if stat.threads > 1:
-        for tid in os.listdir(f"{machine.proc}/{pid}/task"):
+        for tid in machine.listed(f"{machine.proc}/{pid}/task"):
             thread = machine.stat(pid, f"task/{tid}/")
             if thread and thread.state not in ENDED:
                 return f"task/{tid}/"
