@@ -10,6 +10,8 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
+import mmap
 import os
 import re
 import stat
@@ -27,11 +29,12 @@ KCMP = {"x86_64": 312, "s390x": 343, "ppc64le": 354}.get(os.uname().machine, 272
 LINE = rb"^([0-9a-f]+-[0-9a-f]+) .{4} [0-9a-f]+ ([0-9a-f]+:[0-9a-f]+) \d+ *(.*)\n"
 MAPPING = re.compile(LINE, re.M)
 VMA = re.compile(LINE + rb"(?:(?!VmFlags).*\n)*VmFlags:(.*)", re.M)
-MEMORY_FILE_SYSTEMS = {0x01021994, 0x958458F6}  # tmpfs, of which devtmpfs is one, and hugetlbfs
+TMPFS, HUGETLBFS = MEMORY = 0x01021994, 0x958458F6  # statfs(2); devtmpfs is a tmpfs
 CACHESTAT = 451
+MAP_SHARED_NORESERVE = mmap.MAP_SHARED | 0x4000
 SHM_DEST = 0o1000  # in the mode of a System V segment that was removed while it was attached
 KERNEL = 0  # the holder of what is kept though no process has it
-libc = ctypes.CDLL(None)
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 # The device and inode of a memory object, and the IPC namespace of a System V segment.
@@ -143,18 +146,31 @@ class Memories:
         for (entry,) in struct.iter_unpack("=Q", entries):
             if entry >> 63:
                 pfn = entry & (1 << 55) - 1
-                if pfn not in self.kinds:
-                    self.kinds[pfn] = word(self.kpageflags, pfn)
-                kinds = self.kinds[pfn]
+                kinds = self.kinds_of(pfn)
                 if not (kinds >> ZERO_PAGE | kinds >> NOPAGE) & 1:
                     # Of huge pages that PMDs map, older kernels do not tell it in the entry.
                     of_file = entry >> 61 & 1 or (kinds >> THP & 1 and not kinds >> ANON & 1)
                     (memory.file if of_file else memory.anon).add(pfn)
-                    if of_file and (kinds >> SWAPBACKED | kinds >> HUGETLB) & 1:
+                    if of_file and self.is_shmem(pfn):
                         memory.shmem.add(pfn)
                     memory.mappings.append(pfn)
             elif entry >> 62 and not entry >> 58 & 1 and entry & 31 < 23:
                 memory.slots.add(entry & (1 << 55) - 1)
+
+    def kinds_of(self, pfn: int) -> int:
+        if pfn not in self.kinds:
+            self.kinds[pfn] = word(self.kpageflags, pfn)
+        return self.kinds[pfn]
+
+    def is_shmem(self, pfn: int) -> bool:
+        """Of a huge page, older kernels tell it of the head alone."""
+        kinds = self.kinds_of(pfn)
+        if (kinds >> SWAPBACKED | kinds >> HUGETLB) & 1:
+            return True
+        while kinds >> TAIL & 1:
+            pfn -= 1
+            kinds = self.kinds_of(pfn)
+        return bool(kinds >> SWAPBACKED & 1)
 
 
 def tree(pid: int) -> list[int]:
@@ -232,20 +248,20 @@ def file_at(link: str, device: bytes) -> Optional[File]:
 def key_of(path: str, file: File, name: bytes) -> Optional[Key]:
     """Which memory object a file is, if it is one, that a process has."""
     link, status = file
-    if status.st_nlink or not stat.S_ISREG(status.st_mode) or not is_memory(link):
+    if status.st_nlink or not stat.S_ISREG(status.st_mode) or file_system(link) not in MEMORY:
         return None
     # The ids of System V segments are their inodes, and begin at 0 in each namespace.
     namespace = os.readlink(f"{path}/ns/ipc") if name.startswith(b"/SYSV") else ""
     return status.st_dev, status.st_ino, namespace
 
 
-def is_memory(path: str) -> bool:
-    """Whether its file system keeps all in memory (statfs(2))."""
+def file_system(path: str) -> int:
+    """Which one a file is on (statfs(2))."""
     found = ctypes.create_string_buffer(256)
     if libc.statfs(path.encode(), found):
         raise FileNotFoundError(path)
     kind = ctypes.c_uint32 if os.uname().machine == "s390x" else ctypes.c_ulong
-    return kind.from_buffer(found).value in MEMORY_FILE_SYSTEMS
+    return int(kind.from_buffer(found).value)
 
 
 def is_loose(file: File, name: bytes) -> bool:
@@ -259,12 +275,25 @@ def pages_of(file: File) -> int:
     """What an object has in memory: its blocks, less those that are swapped out."""
     link, status = file
     pages = status.st_blocks * 512 // PAGE
-    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+    swaps = len(Path("/proc/swaps").read_text().splitlines()) - 1
+    if swaps and file_system(link) == TMPFS:  # hugetlb pages are not swapped
         with open(link, "rb") as opened:
             whole, found = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
             if libc.syscall(CACHESTAT, opened.fileno(), whole, found, 0) == 0:
-                return min(pages, found[0])  # a hugetlbfs has no such count, and no swap
+                return min(pages, found[0])
+            if ctypes.get_errno() == errno.ENOSYS and status.st_size:  # before Linux 6.5
+                return pages - swapped_pages(opened, status)
     return pages
+
+
+def swapped_pages(opened: BinaryIO, status: os.stat_result) -> int:
+    """What smaps has as swapped out of a mapping of all of a file, none of which is touched."""
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with mmap.mmap(opened.fileno(), 0, MAP_SHARED_NORESERVE, mmap.PROT_READ):
+        smaps = Path("/proc/self/smaps").read_text()
+    line = rf" {device} {status.st_ino} .*\n(?:.*kB\n)*?Swap: +(\d+)"
+    found = re.search(line, smaps)
+    return int(found[1]) * 1024 // PAGE if found else 0
 
 
 def files_of(path: str) -> list[tuple[str, bytes, bytes]]:
