@@ -197,6 +197,8 @@ for second in 1 2 3 4 5 6 7 8 9 10; do
 done
 $b cp -r /payload /new/
 $b mount -o move /dev /new/dev
+$b mkdir -p /new/dev/shm /new/var/tmp
+$b mount -t tmpfs shm /new/dev/shm
 $b mount -t proc proc /new/proc
 $b mount -t sysfs sys /new/sys
 export PATH=/usr/sbin:/usr/bin LANG=C.UTF-8 HOME=/
@@ -274,7 +276,7 @@ def image(cache: Path, kernel: Guest, refresh: bool) -> Path:
             (new / f"modules/{number:02}").write_bytes(data)
         for path in (tree / "boot", tree / "usr/lib/modules"):
             shutil.rmtree(path, ignore_errors=True)
-        run("mke2fs", "-q", "-t", "ext4", "-d", tree, new / "root.ext4", "1G")
+        run("mke2fs", "-q", "-t", "ext4", "-d", tree, new / "root.ext4", "2G")
         shutil.rmtree(made, ignore_errors=True)
         new.rename(made)
     return made
@@ -387,8 +389,12 @@ SCENES = (
     "plain lopsided forked generations crowd zero file_twice misnamed shared windows scattered"
     " moved guarded mappings sparse vforked lone_thread zombie huge_zero hugetlb swapped ksm"
     " cousins backends twins twin_siblings twins_huge tmpfs_huge swapped_branches"
+    " shared_filled memfd_windows memfd_open memfd_open_above memfd_private memfd_of_sisters"
+    " memfd_of_twins memfd_of_thread memfd_huge memfd_swapped sysv_removed sysv_kept"
+    " sysv_elsewhere tmpfs_files disk_files mounted mounted_elsewhere"
+    " emptied_moved emptied_branches emptied_twins emptied_swapped"
 )
-HUGE_SCENES = "huge huge_misplaced homeless vforked_huge"
+HUGE_SCENES = "huge huge_misplaced homeless vforked_huge emptied"
 CHANCE = [f"anything {seed}" for seed in (3, 7, 23)]
 READY_SECONDS, COUNT_SECONDS = 120, 240
 MM = "/sys/kernel/mm"
@@ -407,7 +413,7 @@ def prepare() -> None:
             Path(path).write_text(value)
     with suppress(OSError), open("/swap", "wb") as file:
         os.fchmod(file.fileno(), 0o600)
-        os.posix_fallocate(file.fileno(), 0, 8192 * mmap.PAGESIZE)
+        os.posix_fallocate(file.fileno(), 0, 10240 * mmap.PAGESIZE)
         for command in ("mkswap", "swapon"):
             subprocess.run([command, "/swap"], stdout=subprocess.DEVNULL)
 
