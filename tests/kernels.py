@@ -68,7 +68,7 @@ class Guest(NamedTuple):
 # cap-hpt-max-page-size: else there are no huge pages with hashed page tables.
 X86 = Emulated("x86_64", "x86", "-M q35 -cpu max", "ttyS0 edd=off")
 ARM = Emulated("aarch64", "arm", "-M virt -cpu max,pauth-impdef=on", "ttyAMA0")
-S390 = Emulated("s390x", "misc or -s390x", "-M s390-ccw-virtio -cpu max", "ttysclp0")
+S390 = Emulated("s390x", "s390x", "-M s390-ccw-virtio -cpu max", "ttysclp0")
 PPC = Emulated("ppc64", "ppc", "-M pseries,cap-hpt-max-page-size=16m", "hvc0")
 MACHINES = {"amd64": X86, "arm64": ARM, "s390x": S390, "ppc64el": PPC}
 PPC64LE = "linux-image-powerpc64le"
@@ -376,11 +376,11 @@ def need_commands(kernels: list[Guest]) -> None:
     packages = {"apt-get": "apt", "dpkg-deb": "dpkg", "tar": "tar", "mke2fs": "e2fsprogs"}
     for machine in {MACHINES[kernel.architecture] for kernel in kernels}:
         packages[f"qemu-system-{machine.emulator}"] = f"qemu-system-{machine.package}"
-    missing = [f"{name} (of {packages[name]})" for name in packages if not shutil.which(name)]
+    missing = [packages[name] for name in packages if not shutil.which(name)]
     if not Path(KEYRING).exists():
-        missing.append(f"{KEYRING} (of debian-archive-keyring)")
+        missing.append("debian-archive-keyring")
     if missing:
-        raise SystemExit(f"kernels: Debian's packages are needed for {', '.join(missing)}")
+        raise SystemExit(f"kernels: packages are missing; run: apt-get install {' '.join(missing)}")
 
 
 # ---- In the guest ---------------------------------------------------------------
