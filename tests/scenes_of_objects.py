@@ -530,7 +530,7 @@ def mounted() -> None:
         raise Unable("no place to mount at")
     new_namespace(CLONE_NEWNS)
     libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
-    if libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=64m"):
+    if libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=%d" % (64 * MIB)):
         raise Unable("a tmpfs of its own")
     memory = view(file_in("/dev/shm", 2048), 0, 2048)
     touch(memory, range(100))
