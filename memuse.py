@@ -197,21 +197,6 @@ def pfn_at(entries: bytes, at: int) -> int:
     return int.from_bytes(entries[at * WORD : (at + 1) * WORD], "little") & PFN_MASK
 
 
-def groups_in_part(entries: bytes, pages: int) -> list[int]:
-    """Groups of so many frames (PFN // pages) of which the entries map some, but not all.
-
-    Of anonymous memory that is present.  The entries are shifted all at once, as one integer.
-    """
-    order, number = pages.bit_length() - 1, len(entries) // WORD
-    present, file = (flag << 56 >> order for flag in (PM_PRESENT, PM_FILE))
-    mask = struct.pack("<Q", PFN_MASK >> order | present | file) * number
-    shifted = int.from_bytes(entries, "little") >> order & int.from_bytes(mask, "little")
-    # On a big-endian machine the words come in reverse order, which does not matter here.
-    words = Counter(array.array("Q", shifted.to_bytes(len(entries), sys.byteorder)))
-    anonymous = ((word ^ present, mapped) for word, mapped in words.items() if not word & file)
-    return [group for group, mapped in anonymous if group < present and mapped < pages]
-
-
 class Part(NamedTuple):
     """Entries of neighbouring pages, and which of them are meant."""
 
@@ -581,36 +566,42 @@ class Kernel:
         """How often the machine maps each of these frames (/proc/kpagecount, pagemap.rst)."""
         return low_halves(self.machine.words(self.kpagecount, first, number))
 
-    def may_be_partly_mapped(self) -> bool:
-        """Whether any anonymous huge page may be partly mapped (transhuge.rst)."""
-        machine, numbers = self.machine, list[int]()
+    def smallest_partly_mapped(self) -> int:
+        """Pages of the smallest anonymous huge pages of which some are partly mapped; 0 if none.
+
+        By the kernel's statistics (transhuge.rst).  Before Linux 6.12 it told only how many there
+        have been since boot, and only of those that a PMD can map.
+        """
+        machine, counted = self.machine, dict[int, int]()
         if not self.pmd_pages:
-            return False
+            return 0
         folder = f"{machine.sysfs}/kernel/mm/transparent_hugepage"
         for name in machine.listed(folder):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                path = f"{folder}/{name}/stats/nr_anon_partially_mapped"
-                numbers.append(int(machine.read(path)))
-        if not numbers:  # before Linux 6.12 there is only the number of all since boot
-            vmstat = machine.read(f"{machine.proc}/vmstat")
-            return bool(re.search(rb"^thp_deferred_split_page [1-9]", vmstat, re.M))
-        return any(numbers)
+            size = re.fullmatch(r"hugepages-(\d+)kB", name)
+            with contextlib.suppress(FileNotFoundError):
+                if size:
+                    number = machine.read(f"{folder}/{name}/stats/nr_anon_partially_mapped")
+                    counted[int(size[1]) * 1024 // machine.page_size] = int(number)
+        if counted:
+            return min((pages for pages, number in counted.items() if number), default=0)
+        vmstat = machine.read(f"{machine.proc}/vmstat")
+        return self.pmd_pages * bool(re.search(rb"^thp_deferred_split_page [1-9]", vmstat, re.M))
 
-    def partly_mapped(self, group: int) -> list[Pair]:
+    def partly_mapped(self, first: int, smallest: int) -> list[Pair]:
         """Anonymous huge pages of which nobody maps some page: first PFN and number of pages.
 
-        The group is of as many frames as a PMD maps; no anonymous huge page lies in two.
+        Of so many pages at least, in these frames, of which there are as many as a PMD maps.
         """
-        start, found = group * self.pmd_pages, list[Pair]()
-        flags = low_halves(self.machine.words(self.kpageflags, start, self.pmd_pages)).tolist()
-        head = KPF_COMPOUND_HEAD | KPF_THP | KPF_ANON
+        head, found = KPF_COMPOUND_HEAD | KPF_THP | KPF_ANON, list[Pair]()
+        if smallest == self.pmd_pages and self.flags_of(first) & head != head:
+            return found
+        flags = low_halves(self.machine.words(self.kpageflags, first, self.pmd_pages)).tolist()
         heads = [at for at, flag in enumerate(flags) if flag & head == head]
-        mapcounts = self.mapcounts(start, self.pmd_pages).tolist() if heads else []
+        mapcounts = self.mapcounts(first, self.pmd_pages).tolist() if heads else []
         for at in heads:
-            tails = takewhile(KPF_COMPOUND_TAIL.__and__, flags[at + 1 :])
-            number = 1 + sum(1 for _ in tails)
-            if 0 in mapcounts[at : at + number]:
-                found.append((start + at, number))
+            pages = 1 + sum(1 for _ in takewhile(KPF_COMPOUND_TAIL.__and__, flags[at + 1 :]))
+            if pages >= smallest and 0 in mapcounts[at : at + pages]:
+                found.append((first + at, pages))
         return found
 
 
@@ -823,6 +814,9 @@ def key_of(stat: os.stat_result) -> bytes:
 
 # ---- Huge pages that are partly mapped ----------------------------------------------------------
 
+UNKNOWN, NONE = 0, 255  # instead of the order of a huge page, which is more and less
+ORDERS_GROWTH = 1 << 20  # bytes: orders grow by so many
+
 
 class PartlyMapped:
     """Anonymous huge pages of which nobody maps some page.
@@ -831,30 +825,44 @@ class PartlyMapped:
     unmap and deferred_folio_split()").  What nobody maps comes free with the last that maps any.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.found: dict[int, list[Pair]] = {}  # by group: see Kernel
+    def __init__(self, kernel: Kernel, smallest: int) -> None:
+        self.kernel, self.smallest = kernel, smallest  # pages of the smallest such huge page
+        # By PFN: the order of the one that it is in (of so many pages is its power of 2), or NONE.
+        self.orders = lazy_bytes(ORDERS_GROWTH)
         # Of each: the first and the last row that maps any of it, and how many mappings.
         self.mapped: dict[Pair, tuple[int, int, int]] = {}
 
     def within(self, entries: bytes) -> Counter[Pair]:
         """How many pages of each these entries map."""
-        pages, mapped = self.kernel.pmd_pages, Counter[Pair]()
-        groups = {group for group in groups_in_part(entries, pages) if self._look(group)}
-        if groups:
-            kinds = entries[FLAGS::WORD].translate(KINDS)
-            for pfn in compress(pfns_of(entries), kinds.translate(ANONYMOUS_KINDS)):
-                if pfn // pages in groups:
-                    found = self.found[pfn // pages]
-                    start, number = huge_page = found[bisect(found, (pfn, pages)) - 1]
-                    if start <= pfn < start + number:
-                        mapped[huge_page] += 1
+        chosen = entries[FLAGS::WORD].translate(KINDS).translate(ANONYMOUS_KINDS)
+        pfns = list(compress(pfns_of(entries), chosen))
+        if pfns and max(pfns) >= len(self.orders):
+            self.orders.resize(max(pfns) + ORDERS_GROWTH)
+        for pfn in compress(pfns, self._orders_of(pfns).translate(EQUALS[UNKNOWN])):
+            if self.orders[pfn] == UNKNOWN:
+                self._look(pfn)
+        mapped, orders = Counter[Pair](), self._orders_of(pfns)
+        if orders.count(NONE) < len(pfns):
+            for pfn, order in zip(pfns, orders):
+                if order != NONE:
+                    mapped[pfn >> order << order, 1 << order] += 1
         return mapped
 
-    def _look(self, group: int) -> list[Pair]:
-        if group not in self.found:
-            self.found[group] = self.kernel.partly_mapped(group)
-        return self.found[group]
+    def _orders_of(self, pfns: list[int]) -> bytes:
+        # In a third of a loop's time.  Of a single PFN, itemgetter would give no tuple.
+        return bytes(itemgetter(0, 0, *pfns)(self.orders))[2:]
+
+    def _look(self, pfn: int) -> None:
+        """Know the orders of all frames around that a PMD maps: no huge page lies across."""
+        pages = self.kernel.pmd_pages
+        first = pfn - pfn % pages
+        known = bytearray([NONE]) * pages
+        for start, number in self.kernel.partly_mapped(first, self.smallest):
+            order = number.bit_length() - 1
+            known[start - first : start - first + number] = bytes([order]) * number
+        if first + pages > len(self.orders):
+            self.orders.resize(first + pages)
+        self.orders[first : first + pages] = bytes(known)
 
     def count(self, process: Process) -> None:
         own_mm = process.shares_mm_with == NOBODY  # else its mappings were counted already
@@ -869,7 +877,8 @@ class PartlyMapped:
         """
         for huge_page, (first, last, mappings) in self.mapped.items():
             start, number = huge_page
-            if huge_page in self.kernel.partly_mapped(start // self.kernel.pmd_pages):
+            around = start - start % self.kernel.pmd_pages
+            if huge_page in self.kernel.partly_mapped(around, self.smallest):
                 mapcounts = self.kernel.mapcounts(start, number).tolist()
                 if sum(mapcounts) <= mappings:
                     yield first, last, mapcounts.count(0)
@@ -1136,6 +1145,7 @@ MARKED_RUN = re.compile(rb"[^\0]+(?:\0{1,63}[^\0]+)*")  # a longer gap is worth 
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(bytes([YES]) * LANES, "little")
 FEW = 16  # so many pages take less memory one by one than in a Block
+STREWN = 8  # so do pages of which there is less than one in so many
 MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
 MAX_SUM = 255  # a byte of a sum holds so many additions; fewer sums: a sixth less for `many`
 SINGLES = 1 << 6  # PFNs to an array of single frames: with a record each, they take more memory
@@ -1323,7 +1333,8 @@ class Ledger:
             piece = Part(part.file, part.page + low, entries, chosen)
             place = part.file, group
             block = self.blocks.get(place)
-            if not block and chosen.count(YES) > FEW and place not in self.dissolved:
+            many = chosen.count(YES) > max(FEW, len(chosen) // STREWN)
+            if not block and many and place not in self.dissolved:
                 block = self._new_block(place)
             if block:
                 chosen = self._count_in_block(visit, block, lane, piece)
@@ -1757,8 +1768,9 @@ def survey(
     figures = KernelFigures(machine, nodes) if columns_from(ROLLUP) & columns else None
     memory = Memory(machine)
     partly_mapped = None
-    if kernel and {"tree", "freed"} & columns and kernel.may_be_partly_mapped():
-        partly_mapped = PartlyMapped(kernel)
+    if kernel and {"tree", "freed"} & columns:
+        smallest = kernel.smallest_partly_mapped()
+        partly_mapped = PartlyMapped(kernel, smallest) if smallest else None
     census = Census(machine, kernel, memory, partly_mapped, nodes) if kernel else None
     reader = Reader(machine, kernel, columns, memory, partly_mapped, progress)
     processes, depths = [], [-1]

@@ -144,6 +144,20 @@ def sparse(scale: float) -> None:
     write(memory, pages[:: len(pages) // 256][:256])
 
 
+def one_shm(scale: float) -> None:
+    """One process with shared memory."""
+    memory = memory_of(GIB * scale, building.SHARED)
+    write(memory, all_pages(memory))
+
+
+def strewn(scale: float) -> None:
+    """17 pages in every 16 MiB of 32 GiB, forked once."""
+    memory = memory_of(32 * GIB * scale, building.ANON | building.MAP_NORESERVE)
+    pages, step = all_pages(memory), 16 * MIB // PAGE
+    write(memory, (start + i * step // 17 for start in pages[::step] for i in range(17)))
+    building.fork()
+
+
 def crowd(scale: float) -> None:
     """Small processes, which all have a part of their memory from this one."""
     for _ in range(int(3000 * scale)):
@@ -207,6 +221,8 @@ LIMITS: dict[str, tuple[float | None, int | None]] = {
     "many": (0.9, 40),
     "vmas": (0.4, 64),
     "sparse": (0.05, 40),
+    "one_shm": (None, None),
+    "strewn": (None, 64),
     "prefork": (1.2, None),
     "backends": (None, None),
     "crowd": (None, None),

@@ -57,7 +57,7 @@ class MadeUp(memuse.Machine):
             directory = Path(self.sysfs, "kernel/mm/transparent_hugepage")
             directory.mkdir(parents=True)
             (directory / "hpage_pmd_size").write_text(f"{pmd_pages * page_size}\n")
-            self.partly_mapped = self.say_partly_mapped("hugepages-2048kB", "1")
+            self.partly_mapped = self.say_partly_mapped(FOLIO, "1")
         self._add_memuse()
         self._write_flags()
 
@@ -98,8 +98,9 @@ class MadeUp(memuse.Machine):
             runs.append((pages[0], [ANON | THP | HEAD, *tails]))
         self._write_words(self.root / "kpageflags", runs, (1 << 20) + 512)
 
-    def say_partly_mapped(self, name: str, number: str) -> Path:
-        """Say how many huge pages of a size are partly mapped; in this file."""
+    def say_partly_mapped(self, pages: int, number: str) -> Path:
+        """Say how many huge pages of so many pages are partly mapped; in this file."""
+        name = f"hugepages-{pages * self.page_size // 1024}kB"
         directory = Path(self.sysfs, "kernel/mm/transparent_hugepage", name, "stats")
         directory.mkdir(parents=True)
         file = directory / "nr_anon_partially_mapped"

@@ -74,29 +74,32 @@ def test_a_kernel_without_huge_pages_names_no_size_of_them(forked: int) -> None:
 @pytest.mark.parametrize(
     ("statistics", "vmstat", "looked_for"),
     [
-        (["0", "0"], "thp_deferred_split_page 7", False),
-        (["0", "2"], "thp_deferred_split_page 0", True),
-        ([], "thp_deferred_split_page 0", False),  # before Linux 6.12
-        ([], "thp_deferred_split_page 7", True),
-        ([], "nr_free_pages 7", False),
+        ({16: "0", 512: "0"}, "thp_deferred_split_page 7", []),
+        ({16: "2", 512: "0"}, "thp_deferred_split_page 0", [0, 1]),
+        ({16: "0", 512: "2"}, "thp_deferred_split_page 0", [0]),
+        ({}, "thp_deferred_split_page 0", []),  # before Linux 6.12
+        ({}, "thp_deferred_split_page 7", [0]),
+        ({}, "nr_free_pages 7", []),
     ],
 )
 def test_huge_pages_are_looked_up_where_some_may_be_partly_mapped(
-    statistics: list[str], vmstat: str, looked_for: bool, tmp_path: Path
+    statistics: dict[int, str], vmstat: str, looked_for: list[int], tmp_path: Path
 ) -> None:
     machine = MadeUp(tmp_path)
     machine.add([(False, 0, [("part", 100, 0), ("folio", 30, 0)])])
     reading = machine.finish()
-    (unmapped, other) = (page.unmapped for page in reading.huge_pages)
+    pmd_sized, *multi_size = (page.unmapped for page in reading.huge_pages)
+    unmapped = [pmd_sized, sum(multi_size)]
     machine.partly_mapped.unlink()
-    for number, text in enumerate(statistics):
-        machine.say_partly_mapped(f"hugepages-{number}kB", text)
+    machine.partly_mapped.parent.rmdir()
+    for pages, number in statistics.items():
+        machine.say_partly_mapped(pages, number)
     (tmp_path / "vmstat").write_text(f"nr_mapped 3\n{vmstat}\n")
     result = inside(machine, "--json", "-o", "size,tree,freed", FIRST_PID)
     assert (result.returncode, result.stderr) == (0, "")
     total = json.loads(result.stdout)["total"]
     beyond = (total["tree"] - total["size"]) // machine.page_size
-    assert beyond == (unmapped + other if looked_for else 0)
+    assert beyond == sum(unmapped[which] for which in looked_for)
     assert total["freed"] == total["tree"]
 
 
