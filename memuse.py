@@ -835,13 +835,15 @@ class PartlyMapped:
     def within(self, entries: bytes) -> Counter[Pair]:
         """How many pages of each these entries map."""
         chosen = entries[FLAGS::WORD].translate(KINDS).translate(ANONYMOUS_KINDS)
-        pfns = list(compress(pfns_of(entries), chosen))
-        if pfns and max(pfns) >= len(self.orders):
-            self.orders.resize(max(pfns) + ORDERS_GROWTH)
-        for pfn in compress(pfns, self._orders_of(pfns).translate(EQUALS[UNKNOWN])):
-            if self.orders[pfn] == UNKNOWN:
-                self._look(pfn)
-        mapped, orders = Counter[Pair](), self._orders_of(pfns)
+        pfns, mapped = pfns_of(entries), Counter[Pair]()
+        if 0 in chosen:
+            pfns = list(compress(pfns, chosen))
+        orders = self._orders_of(pfns)
+        if UNKNOWN in orders:
+            for pfn in compress(pfns, orders.translate(EQUALS[UNKNOWN])):
+                if self.orders[pfn] == UNKNOWN:
+                    self._look(pfn)
+            orders = self._orders_of(pfns)
         if orders.count(NONE) < len(pfns):
             for pfn, order in zip(pfns, orders):
                 if order != NONE:
@@ -849,8 +851,12 @@ class PartlyMapped:
         return mapped
 
     def _orders_of(self, pfns: list[int]) -> bytes:
-        # In a third of a loop's time.  Of a single PFN, itemgetter would give no tuple.
-        return bytes(itemgetter(0, 0, *pfns)(self.orders))[2:]
+        """In a third of a loop's time.  Of a single PFN, itemgetter would give no tuple."""
+        try:
+            return bytes(itemgetter(0, 0, *pfns)(self.orders))[2:]
+        except IndexError:
+            self.orders.resize(max(pfns) + ORDERS_GROWTH)
+            return self._orders_of(pfns)
 
     def _look(self, pfn: int) -> None:
         """Know the orders of all frames around that a PMD maps: no huge page lies across."""
