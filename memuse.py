@@ -2064,7 +2064,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("no PID given")
     for text in arguments.pids:
         if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
-            hint = f": try sudo memuse $(pgrep -o {text}), or -g {text} for a unit"
+            script = "-f " if re.search("[./]", text) else ""  # else pgrep knows names of programs
+            hint = f": try sudo memuse $(pgrep -o {script}{text}), or -g {text} for a unit"
             parser.error(f"{text!r} is not a PID{hint if text[0].isalpha() else ''}")
     if arguments.max_depth < 0:
         parser.error("a depth is 0 or more")

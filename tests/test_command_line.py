@@ -61,6 +61,7 @@ def test_a_missing_pid_is_what_is_said_to_be_missing(arguments: str) -> None:
     ("arguments", "said"),
     [
         ("nginx", "'nginx' is not a PID: try sudo memuse $(pgrep -o nginx), or -g nginx for a"),
+        ("server.py", "'server.py' is not a PID: try sudo memuse $(pgrep -o -f server.py), or"),
         ("16071,nginx", "'nginx' is not a PID: try "),
         ("-o 16071", "'16071' was taken as COLUMNS"),
         ("-o 16071 16117", "'16071' was taken as COLUMNS"),
