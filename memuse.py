@@ -881,10 +881,11 @@ class PartlyMapped:
 
         Of those that nobody else maps, and that are still partly mapped.
         """
-        for huge_page, (first, last, mappings) in self.mapped.items():
+        partly_mapped = lru_cache(maxsize=1)(self.kernel.partly_mapped)  # neighbours ask the same
+        for huge_page, (first, last, mappings) in sorted(self.mapped.items()):
             start, number = huge_page
             around = start - start % self.kernel.pmd_pages
-            if huge_page in self.kernel.partly_mapped(around, self.smallest):
+            if huge_page in partly_mapped(around, self.smallest):
                 mapcounts = self.kernel.mapcounts(start, number).tolist()
                 if sum(mapcounts) <= mappings:
                     yield first, last, mapcounts.count(0)

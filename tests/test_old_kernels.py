@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -12,7 +13,9 @@ import pytest
 import reference
 import scenes
 from conftest import fails, has_no_differences, inside, measured, needs_root, simulated
-from made_up import FIRST_PID, MadeUp
+from made_up import FIRST_PID, FOLIO, FOLIOS, MadeUp
+
+import memuse
 
 pytestmark = [needs_root, pytest.mark.usefixtures("few_are_wrong")]
 Build = Callable[..., int]
@@ -101,6 +104,25 @@ def test_huge_pages_are_looked_up_where_some_may_be_partly_mapped(
     beyond = (total["tree"] - total["size"]) // machine.page_size
     assert beyond == sum(unmapped[which] for which in looked_for)
     assert total["freed"] == total["tree"]
+
+
+def test_neighbouring_huge_pages_are_looked_at_twice_and_not_one_by_one(tmp_path: Path) -> None:
+    """All that lie where a PMD could map one: while processes are read, and at the end."""
+    looks: Counter[int] = Counter()
+
+    class Counting(MadeUp):
+        def words(self, fd: memuse.Descriptor, first: int, number: int) -> bytes:
+            if fd.path.endswith("kpageflags") and number == self.pmd_pages:
+                looks[first] += 1
+            return super().words(fd, first, number)
+
+    machine = Counting(tmp_path)
+    machine.add([(False, 0, [("folio", 10, FOLIO * at) for at in range(20)])])
+    unmapped = sum(page.unmapped for page in machine.finish().huge_pages)
+    result = inside(machine, "--json", "-o", "size,tree", FIRST_PID)
+    total = json.loads(result.stdout)["total"]
+    assert (total["tree"] - total["size"]) // machine.page_size == unmapped == 20 * 6
+    assert looks[FOLIOS] == 2
 
 
 # ---- What is refused, or missing ------------------------------------------------
