@@ -584,8 +584,11 @@ class Kernel:
                     counted[int(size[1]) * 1024 // machine.page_size] = int(number)
         if counted:
             return min((pages for pages, number in counted.items() if number), default=0)
-        vmstat = machine.read(f"{machine.proc}/vmstat")
-        return self.pmd_pages * bool(re.search(rb"^thp_deferred_split_page [1-9]", vmstat, re.M))
+        with contextlib.suppress(FileNotFoundError):  # a kernel without CONFIG_VM_EVENT_COUNTERS
+            vmstat = machine.read(f"{machine.proc}/vmstat")
+            if re.search(rb"^thp_deferred_split_page [1-9]", vmstat, re.M):
+                return self.pmd_pages
+        return 0
 
     def partly_mapped(self, first: int, smallest: int) -> list[Pair]:
         """Anonymous huge pages of which nobody maps some page: first PFN and number of pages.
