@@ -2,8 +2,8 @@
 """Count the physical memory that a tree of processes really occupies.
 
 The file has this order: constants, the table of columns first; parsing, which reads nothing; the
-Machine, which is read; the Kernel, which knows frames; which processes; reading a process;
-counting; the report; the command line.
+Machine, which is read; the Kernel, which knows frames; which processes; files that are memory;
+huge pages that are partly mapped; reading a process; counting; the report; the command line.
 
 find_processes() turns PIDs and control groups into Nodes, one for each row.  survey() reads each
 into a Process, and a Census counts it, in one Ledger for anonymous memory, one for files and one
@@ -817,7 +817,7 @@ def key_of(stat: os.stat_result) -> bytes:
 
 # ---- Huge pages that are partly mapped ----------------------------------------------------------
 
-UNKNOWN, NONE = 0, 255  # instead of the order of a huge page, which is more and less
+UNKNOWN, NONE = 0, 255  # in place of the order of a huge page, which is 1 to 13
 ORDERS_GROWTH = 1 << 20  # bytes: orders grow by so many
 
 
@@ -830,7 +830,7 @@ class PartlyMapped:
 
     def __init__(self, kernel: Kernel, smallest: int) -> None:
         self.kernel, self.smallest = kernel, smallest  # pages of the smallest such huge page
-        # By PFN: the order of the one that it is in (of so many pages is its power of 2), or NONE.
+        # By PFN: the order of the one that the frame is in, which has 2 ** order pages; or NONE.
         self.orders = lazy_bytes(ORDERS_GROWTH)
         # Of each: the first and the last row that maps any of it, and how many mappings.
         self.mapped: dict[Pair, tuple[int, int, int]] = {}
@@ -862,7 +862,7 @@ class PartlyMapped:
             return self._orders_of(pfns)
 
     def _look(self, pfn: int) -> None:
-        """Know the orders of all frames around that a PMD maps: no huge page lies across."""
+        """Learn the orders of a frame, and of all those around it that one PMD could map."""
         pages = self.kernel.pmd_pages
         first = pfn - pfn % pages
         known = bytearray([NONE]) * pages
@@ -874,6 +874,7 @@ class PartlyMapped:
         self.orders[first : first + pages] = bytes(known)
 
     def count(self, process: Process) -> None:
+        """Take in what a process maps of such huge pages."""
         own_mm = process.shares_mm_with == NOBODY  # else its mappings were counted already
         for huge_page, number in process.partly_mapped.items():
             first, _, mappings = self.mapped.get(huge_page, (process.row, NOBODY, 0))
