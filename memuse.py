@@ -341,15 +341,16 @@ def command_line(cmdline: bytes, name: bytes) -> str:
     """The arguments joined by spaces or, without any, the name in brackets as ps has it."""
     line = cmdline.rstrip(b"\0").replace(b"\0", b" ")
     line = line if line.strip() else b"[%s]" % name
-    shown = escaped(line[:COMMAND_LIMIT].decode("utf-8", "surrogateescape"))
-    shown = re.sub(r"^( *)([|`])", r"\1\\\2", shown)  # with which a tree is drawn in ASCII
+    # With these signs a tree is drawn, in ASCII with the next.
+    shown = escaped(line[:COMMAND_LIMIT].decode("utf-8", "surrogateescape"), "│├└─")
+    shown = re.sub(r"^( *)([|`])", r"\1\\\2", shown)
     return shown + "..." if len(line) > COMMAND_LIMIT else shown
 
 
-def escaped(text: str) -> str:
-    """The text with what a terminal might obey, or not show, written as escapes."""
+def escaped(text: str, signs: str = "") -> str:
+    """The text with what a terminal might obey, or not show, and these signs, as escapes."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # PEP 383
-    harmless = {c for c in {*text} if c.isprintable()} - {*"│├└─"}  # with which a tree is drawn
+    harmless = {c for c in {*text} if c.isprintable()} - {*signs}
     return "".join(c if c in harmless else c.encode("unicode_escape").decode() for c in text)
 
 
