@@ -578,11 +578,10 @@ class Kernel:
             return 0
         folder = f"{machine.sysfs}/kernel/mm/transparent_hugepage"
         for name in machine.listed(folder):
-            size = re.fullmatch(r"hugepages-(\d+)kB", name)
-            with contextlib.suppress(FileNotFoundError):
-                if size:
+            if name.startswith("hugepages-"):
+                with contextlib.suppress(FileNotFoundError):
                     number = machine.read(f"{folder}/{name}/stats/nr_anon_partially_mapped")
-                    counted[int(size[1]) * 1024 // machine.page_size] = int(number)
+                    counted[(int(name[10:-2]) << 10) // machine.page_size] = int(number)
         if counted:
             return min((pages for pages, number in counted.items() if number), default=0)
         with contextlib.suppress(FileNotFoundError):  # a kernel without CONFIG_VM_EVENT_COUNTERS
@@ -591,12 +590,13 @@ class Kernel:
                 return self.pmd_pages
         return 0
 
-    def partly_mapped(self, first: int, smallest: int) -> list[Pair]:
-        """Anonymous huge pages of which nobody maps some page: first PFN and number of pages.
+    def partly_mapped(self, first: int, smallest: int) -> dict[Pair, Pair]:
+        """Anonymous huge pages of which nobody maps some page, by first PFN and number of pages.
 
-        Of so many pages at least, in these frames, of which there are as many as a PMD maps.
+        Of so many pages at least, in these frames, of which there are as many as a PMD maps.  For
+        each: how often the machine maps pages of it, and how many of them nobody maps.
         """
-        head, found = KPF_COMPOUND_HEAD | KPF_THP | KPF_ANON, list[Pair]()
+        head, found = KPF_COMPOUND_HEAD | KPF_THP | KPF_ANON, dict[Pair, Pair]()
         if smallest == self.pmd_pages and self.flags_of(first) & head != head:
             return found
         flags = low_halves(self.machine.words(self.kpageflags, first, self.pmd_pages)).tolist()
@@ -604,8 +604,9 @@ class Kernel:
         mapcounts = self.mapcounts(first, self.pmd_pages).tolist() if heads else []
         for at in heads:
             pages = 1 + sum(1 for _ in takewhile(KPF_COMPOUND_TAIL.__and__, flags[at + 1 :]))
-            if pages >= smallest and 0 in mapcounts[at : at + pages]:
-                found.append((first + at, pages))
+            of_it = mapcounts[at : at + pages]
+            if pages >= smallest and 0 in of_it:
+                found[first + at, pages] = sum(of_it), of_it.count(0)
         return found
 
 
@@ -819,7 +820,7 @@ def key_of(stat: os.stat_result) -> bytes:
 # ---- Huge pages that are partly mapped ----------------------------------------------------------
 
 UNKNOWN, NONE = 0, 255  # in place of the order of a huge page, which is 1 to 13
-ORDERS_GROWTH = 1 << 20  # bytes: orders grow by so many
+ORDERS_GROWTH = 1 << 20  # bytes: orders grow by so many, a multiple of what any PMD maps
 
 
 class PartlyMapped:
@@ -859,7 +860,7 @@ class PartlyMapped:
         try:
             return bytes(itemgetter(0, 0, *pfns)(self.orders))[2:]
         except IndexError:
-            self.orders.resize(max(pfns) + ORDERS_GROWTH)
+            self.orders.resize((max(pfns) // ORDERS_GROWTH + 1) * ORDERS_GROWTH)
             return self._orders_of(pfns)
 
     def _look(self, pfn: int) -> None:
@@ -870,8 +871,6 @@ class PartlyMapped:
         for start, number in self.kernel.partly_mapped(first, self.smallest):
             order = number.bit_length() - 1
             known[start - first : start - first + number] = bytes([order]) * number
-        if first + pages > len(self.orders):
-            self.orders.resize(first + pages)
         self.orders[first : first + pages] = bytes(known)
 
     def count(self, process: Process) -> None:
@@ -888,12 +887,10 @@ class PartlyMapped:
         """
         partly_mapped = lru_cache(maxsize=1)(self.kernel.partly_mapped)  # neighbours ask the same
         for huge_page, (first, last, mappings) in sorted(self.mapped.items()):
-            start, number = huge_page
-            around = start - start % self.kernel.pmd_pages
-            if huge_page in partly_mapped(around, self.smallest):
-                mapcounts = self.kernel.mapcounts(start, number).tolist()
-                if sum(mapcounts) <= mappings:
-                    yield first, last, mapcounts.count(0)
+            around = huge_page[0] - huge_page[0] % self.kernel.pmd_pages
+            by_all, unmapped = partly_mapped(around, self.smallest).get(huge_page, (0, 0))
+            if unmapped and by_all <= mappings:
+                yield first, last, unmapped
 
 
 # ---- Reading a process --------------------------------------------------------------------------
