@@ -37,7 +37,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, compress, count, groupby, takewhile
-from operator import itemgetter
+from operator import itemgetter, le
 from stat import S_ISREG
 from typing import Any, NamedTuple, NoReturn, Optional, TextIO, Union
 
@@ -172,6 +172,8 @@ SHARED_SWAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ...s .*\n(?:.*\n)*?Swap: +(
 SYSTEM_V = b"/SYSV"  # how names of its segments begin
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read
+STREWN = 8  # pages are, of which less than one in so many is chosen
+CHOSEN = re.compile(bytes([YES]))
 KIB_FIELD = re.compile(rb"^(\w+:)\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
 
@@ -207,6 +209,8 @@ class Part(NamedTuple):
 
     def pfns(self) -> list[int]:
         """The PFNs of the chosen entries."""
+        if self.chosen.count(YES) < len(self.chosen) // STREWN:  # in half the time
+            return [pfn_at(self.entries, found.start()) for found in CHOSEN.finditer(self.chosen)]
         return list(compress(pfns_of(self.entries[: len(self.chosen) * WORD]), self.chosen))
 
 
@@ -1153,8 +1157,7 @@ UNMARKED_PART = bytes(1 << 12)  # marks are searched by parts of this size
 MARKED_RUN = re.compile(rb"[^\0]+(?:\0{1,63}[^\0]+)*")  # a longer gap is worth another read
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(bytes([YES]) * LANES, "little")
-FEW = 16  # so many pages take less memory one by one than in a Block
-STREWN = 8  # so do pages of which there is less than one in so many
+FEW = 16  # so many pages take less memory one by one than in a Block; so do strewn ones
 MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
 MAX_SUM = 255  # a byte of a sum holds so many additions; fewer sums: a sixth less for `many`
 SINGLES = 1 << 6  # PFNs to an array of single frames: with a record each, they take more memory
@@ -1167,6 +1170,12 @@ def as_bytes(lanes: int) -> bytes:
 
 def how_many(lanes: int) -> int:
     return as_bytes(lanes).count(YES)
+
+
+def items_at(table: mmap.mmap | memoryview, places: list[int]) -> tuple[int, ...]:
+    """What stands at these places, in half the time of a loop."""
+    items: tuple[int, ...] = itemgetter(0, *places)(table)  # of a single place, it returns no tuple
+    return items[1:]
 
 
 class Tree:
@@ -1271,8 +1280,8 @@ class Block:
 
     def mapped_by_nobody_else(self, mapcounts: memoryview) -> int:
         """The lanes mapped at most as often as the set maps them; some may have no frame."""
-        alone = [mapcounts[pfn] <= times for pfn, times in zip(self.pfns(), self.mappings())]
-        return int.from_bytes(alone, "little") * YES
+        alone = map(le, items_at(mapcounts, self.pfns()), self.mappings())
+        return int.from_bytes(bytes(alone), "little") * YES
 
 
 class Ledger:
@@ -1367,13 +1376,19 @@ class Ledger:
         here = block.same(planes, lanes)
         fresh = as_bytes((lanes & block.last.get(NOBODY, 0)) >> up)
         if fresh:
-            new, marks, mark = bytearray(fresh), self.marks, block.mark
-            for at, pfn in zip(compress(count(), fresh), self._pfns(part._replace(chosen=fresh))):
-                if marks[pfn] != UNMARKED:
-                    new[at] = 0
-                else:
-                    marks[pfn] = mark
-            entered = int.from_bytes(new, "little") << up
+            pfns, marks = self._pfns(part._replace(chosen=fresh)), self.marks
+            if any(items_at(marks, pfns)) or len({*pfns}) < len(pfns):
+                new = bytearray(fresh)
+                for at, pfn in zip(compress(count(), fresh), pfns):
+                    if marks[pfn] != UNMARKED:
+                        new[at] = 0
+                    else:
+                        marks[pfn] = block.mark
+                fresh = bytes(new)
+            else:  # nearly always, and a tenth of a run faster where much is shared
+                for pfn in pfns:
+                    marks[pfn] = block.mark
+            entered = int.from_bytes(fresh, "little") << up
             if entered:
                 block.enter(visit.row, planes, entered)
                 here |= entered
