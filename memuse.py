@@ -173,6 +173,7 @@ SYSTEM_V = b"/SYSV"  # how names of its segments begin
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read
 STREWN = 8  # pages are, of which less than one in so many is chosen
+PACKED = 64  # of still fewer, a process keeps no entries in between while it is read
 CHOSEN = re.compile(bytes([YES]))
 KIB_FIELD = re.compile(rb"^(\w+:)\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
@@ -199,6 +200,10 @@ def pfn_at(entries: bytes, at: int) -> int:
     return int.from_bytes(entries[at * WORD : (at + 1) * WORD], "little") & PFN_MASK
 
 
+def are_strewn(chosen: bytes) -> bool:
+    return chosen.count(YES) < len(chosen) // STREWN
+
+
 class Part(NamedTuple):
     """Entries of neighbouring pages, and which of them are meant."""
 
@@ -209,9 +214,26 @@ class Part(NamedTuple):
 
     def pfns(self) -> list[int]:
         """The PFNs of the chosen entries."""
-        if self.chosen.count(YES) < len(self.chosen) // STREWN:  # in half the time
+        if are_strewn(self.chosen):  # in half the time
             return [pfn_at(self.entries, found.start()) for found in CHOSEN.finditer(self.chosen)]
         return list(compress(pfns_of(self.entries[: len(self.chosen) * WORD]), self.chosen))
+
+    def packed(self) -> Part:
+        """The same part; if few pages are chosen, it keeps the entries of these alone."""
+        if self.chosen.count(YES) > len(self.chosen) // PACKED:
+            return self
+        places = (found.start() * WORD for found in CHOSEN.finditer(self.chosen))
+        return self._replace(entries=b"".join(self.entries[at : at + WORD] for at in places))
+
+    def unpacked(self) -> Part:
+        """The part as it was, with zeros for the entries of others."""
+        if len(self.entries) >= len(self.chosen) * WORD:
+            return self
+        entries = bytearray(len(self.chosen) * WORD)
+        for i, found in enumerate(CHOSEN.finditer(self.chosen)):
+            at = found.start() * WORD
+            entries[at : at + WORD] = self.entries[i * WORD : (i + 1) * WORD]
+        return self._replace(entries=bytes(entries))
 
 
 class Vma(NamedTuple):
@@ -478,12 +500,28 @@ class Machine:
         return None
 
 
+GROWTH = 1 << 20  # bytes: a table grows by so many, a multiple of what any PMD maps
+
+
 def lazy_bytes(size: int) -> mmap.mmap:
     """Zeros that take memory only once they are written to."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return memory
+
+
+def make_room(table: mmap.mmap, places: Sequence[int]) -> None:
+    """Let a table of lazy_bytes() have these places."""
+    size = max(places, default=0) + 1
+    if size > len(table):
+        table.resize(-(-size // GROWTH) * GROWTH)
+
+
+def items_at(table: mmap.mmap | memoryview, places: Sequence[int]) -> tuple[int, ...]:
+    """What stands at these places, in half the time of a loop."""
+    items: tuple[int, ...] = itemgetter(0, 0, *places)(table)  # a single place would give no tuple
+    return items[2:]
 
 
 # ---- The kernel ---------------------------------------------------------------------------------
@@ -824,7 +862,6 @@ def key_of(stat: os.stat_result) -> bytes:
 # ---- Huge pages that are partly mapped ----------------------------------------------------------
 
 UNKNOWN, NONE = 0, 255  # in place of the order of a huge page, which is 1 to 13
-ORDERS_GROWTH = 1 << 20  # bytes: orders grow by so many, a multiple of what any PMD maps
 
 
 class PartlyMapped:
@@ -837,7 +874,7 @@ class PartlyMapped:
     def __init__(self, kernel: Kernel, smallest: int) -> None:
         self.kernel, self.smallest = kernel, smallest  # pages of the smallest such huge page
         # By PFN: the order of the one that the frame is in, which has 2 ** order pages; or NONE.
-        self.orders = lazy_bytes(ORDERS_GROWTH)
+        self.orders = lazy_bytes(GROWTH)
         # Of each: the first and the last row that maps any of it, and how many mappings.
         self.mapped: dict[Pair, tuple[int, int, int]] = {}
 
@@ -847,25 +884,18 @@ class PartlyMapped:
         pfns, mapped = pfns_of(entries), Counter[Pair]()
         if 0 in chosen:
             pfns = list(compress(pfns, chosen))
-        orders = self._orders_of(pfns)
+        make_room(self.orders, pfns)
+        orders = bytes(items_at(self.orders, pfns))
         if UNKNOWN in orders:
             for pfn in compress(pfns, orders.translate(EQUALS[UNKNOWN])):
                 if self.orders[pfn] == UNKNOWN:
                     self._look(pfn)
-            orders = self._orders_of(pfns)
+            orders = bytes(items_at(self.orders, pfns))
         if orders.count(NONE) < len(pfns):
             for pfn, order in zip(pfns, orders):
                 if order != NONE:
                     mapped[pfn >> order << order, 1 << order] += 1
         return mapped
-
-    def _orders_of(self, pfns: list[int]) -> bytes:
-        """In a third of a loop's time.  Of a single PFN, itemgetter would give no tuple."""
-        try:
-            return bytes(itemgetter(0, 0, *pfns)(self.orders))[2:]
-        except IndexError:
-            self.orders.resize((max(pfns) // ORDERS_GROWTH + 1) * ORDERS_GROWTH)
-            return self._orders_of(pfns)
 
     def _look(self, pfn: int) -> None:
         """Learn the orders of a frame, and of all those around it that one PMD could map."""
@@ -911,7 +941,7 @@ class Process:
         self.cells: Cells = {"pid": node.pid, "ppid": node.stat.ppid}
         self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
-        self.parts: dict[int, list[Part]] = defaultdict(list)  # by kind, what others may have
+        self.parts: dict[int, list[Part]] = defaultdict(list)  # packed, of what others may have
         self.partly_mapped = Counter[Pair]()  # pages it maps of each such huge page
         self.files: Files = {}
         self.opened: dict[bytes, str] = {}  # files of memory that it has open, with their links
@@ -939,13 +969,14 @@ class Process:
         """Take in the entries of one VMA from a page on, with what they stand for."""
         if FILE_PAGE in kinds:
             chosen = kinds.translate(EQUALS[FILE_PAGE])
-            self.parts[FILE_PAGE].append(Part(vma.file, page + vma.shift, entries, chosen))
+            part = Part(vma.file, page + vma.shift, entries, chosen)
+            self.parts[FILE_PAGE].append(part.packed())
         for kind in (ANON_OR_DEVICE, IN_SWAP):
             if kind in kinds:
                 chosen = kinds.translate(EQUALS[kind])
                 copies = kind == ANON_OR_DEVICE and vma.file
                 part = Part(None, page, entries, chosen)
-                self.parts[COPY_OR_DEVICE if copies else kind].append(part)
+                self.parts[COPY_OR_DEVICE if copies else kind].append(part.packed())
 
 
 class Reader:
@@ -1152,7 +1183,6 @@ class KernelFigures:
 
 # Marks of PFNs.  UNREAL: no memory.  SINGLE: known by itself.  OF_BLOCKS: known in a Block.
 UNMARKED, UNREAL, SINGLE, *OF_BLOCKS = range(256)
-MARKS_GROWTH = 1 << 20  # bytes: marks grow by so many
 UNMARKED_PART = bytes(1 << 12)  # marks are searched by parts of this size
 MARKED_RUN = re.compile(rb"[^\0]+(?:\0{1,63}[^\0]+)*")  # a longer gap is worth another read
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
@@ -1170,12 +1200,6 @@ def as_bytes(lanes: int) -> bytes:
 
 def how_many(lanes: int) -> int:
     return as_bytes(lanes).count(YES)
-
-
-def items_at(table: mmap.mmap | memoryview, places: list[int]) -> tuple[int, ...]:
-    """What stands at these places, in half the time of a loop."""
-    items: tuple[int, ...] = itemgetter(0, *places)(table)  # of a single place, it returns no tuple
-    return items[1:]
 
 
 class Tree:
@@ -1295,7 +1319,7 @@ class Ledger:
 
     def __init__(self, tree: Tree, zero_pages: Sequence[int] = ()) -> None:
         self.tree = tree
-        self.marks = lazy_bytes(max(zero_pages, default=0) + MARKS_GROWTH)  # a byte for each PFN
+        self.marks = lazy_bytes(GROWTH)  # a byte for each PFN
         self.blocks: dict[Place, Block] = {}
         self.dissolved: set[Place] = set()
         # Places of Blocks by mark: to look through all Blocks instead took 13.7 s for 5.0 where KSM
@@ -1310,6 +1334,7 @@ class Ledger:
         # By row: what it has; what no row above has; and what add_up() sums over subtrees.
         rows = len(tree.parents)
         self.own, self.new, self.of_tree, self.freed = ([0] * rows for _ in range(4))
+        make_room(self.marks, zero_pages)
         for pfn in zero_pages:
             self.marks[pfn] = UNREAL
 
@@ -1319,7 +1344,7 @@ class Ledger:
             self._count_private(visit, private)
         for part in parts:
             before = visit.seen[NOBODY]
-            self._count_part(visit, part)
+            self._count_part(visit, part.unpacked())
             self.frames_of[part.file] += visit.seen[NOBODY] - before
         if visit.astray:
             for mark in {self.marks[pfn] for pfn in visit.astray} - {SINGLE}:
@@ -1351,7 +1376,7 @@ class Ledger:
             piece = Part(part.file, part.page + low, entries, chosen)
             place = part.file, group
             block = self.blocks.get(place)
-            many = chosen.count(YES) > max(FEW, len(chosen) // STREWN)
+            many = chosen.count(YES) > FEW and not are_strewn(chosen)
             if not block and many and place not in self.dissolved:
                 block = self._new_block(place)
             if block:
@@ -1397,10 +1422,9 @@ class Ledger:
         return as_bytes((lanes ^ here) >> up)
 
     def _pfns(self, part: Part) -> list[int]:
-        """The PFNs of a part, at least one; and room for their marks."""
+        """The PFNs of a part, and room for their marks."""
         pfns = part.pfns()
-        if max(pfns) >= len(self.marks):
-            self.marks.resize(max(pfns) + MARKS_GROWTH)
+        make_room(self.marks, pfns)
         return pfns
 
     def _count_singly(self, visit: Visit, pfns: list[int]) -> None:
@@ -1516,7 +1540,7 @@ class Objects:
             self._held(key, process).links[link] = None
         for part in process.parts[FILE_PAGE] if self.found else []:
             if part.file in self.found and process.shares_mm_with == NOBODY:
-                self._count_sample(self.found[part.file], part)
+                self._count_sample(self.found[part.file], part.unpacked())
 
     def _held(self, key: bytes, process: Process) -> MemoryObject:
         held = self.found.setdefault(key, MemoryObject(key))
@@ -1690,7 +1714,7 @@ class Census:
     def _sort_of(self, process: Process, part: Part) -> int:
         """The sort of a file, as one of its frames tells and the name that it is first met by."""
         sort = KEPT_IN_CACHE
-        if self.kernel.is_shared_memory(pfn_at(part.entries, part.chosen.find(YES))):
+        if self.kernel.is_shared_memory(part.unpacked().pfns()[0]):
             sort = SHARED_MEMORY
         elif part.file and b" " in part.file:  # it has an inode: it is not [vdso] and such
             name = process.files[part.file][0].name
@@ -1704,6 +1728,7 @@ class Census:
         marks = self.anon.marks
         for part in parts:
             chosen = bytearray(part.chosen)
+            part = part.unpacked()
             for at, pfn in zip(compress(count(), part.chosen), part.pfns()):
                 known = pfn < len(marks) and marks[pfn] != UNMARKED
                 if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
@@ -1748,6 +1773,7 @@ class Census:
 
 def slots_of(part: Part) -> Iterator[tuple[int, Part]]:
     """By swap type, the swap slots of a part: their offsets, which lie as close as PFNs do."""
+    part = part.unpacked()
     types = part.entries[::WORD].translate(SWAP_TYPE_OF)
     lanes = int.from_bytes(part.chosen, "little")
     shifted = int.from_bytes(part.entries, "little") >> SWAP_TYPE_BITS

@@ -221,6 +221,24 @@ def test_pfns_are_without_flags() -> None:
     assert memuse.pfns_of(b"") == []
 
 
+@given(st.sets(st.integers(0, 500), min_size=1), st.integers(1, 500))
+@example({0}, 1).via("a single page")
+@example({499}, 500).via("the last one of many")
+def test_a_part_is_packed_and_unpacked(places: set[int], pages: int) -> None:
+    """What is packed has the entries of a few pages; unpacked, it has the same PFNs again."""
+    pages = max(pages, *places, 0) + 1
+    chosen = bytes(memuse.YES * (at in places) for at in range(pages))
+    entries = struct.pack(f"<{pages}Q", *((0x81 << 56) + 1000 + at for at in range(pages)))
+    part = memuse.Part(b"file", 7, entries, chosen)
+    packed = part.packed()
+    few = len(places) <= pages // memuse.PACKED
+    assert len(packed.entries) == (len(places) if few else pages) * memuse.WORD
+    back = packed.unpacked()
+    assert part.pfns() == back.pfns() == [1000 + at for at in sorted(places)]
+    assert back.chosen == chosen
+    assert [memuse.pfn_at(back.entries, at) for at in places] == [1000 + at for at in places]
+
+
 def test_swap_types_of_slots() -> None:
     lowest = bytes([22 | 5 << 5, 23 | 7 << 5, 31, 0])
     assert lowest.translate(memuse.SWAP_TYPE_OF) == bytes([22, 23, 31, 0])
