@@ -287,7 +287,6 @@ def joined(vmas: list[Vma]) -> list[Vma]:
 Files = dict[bytes, list[Vma]]  # a process's VMAs of each file
 
 
-@lru_cache(maxsize=1)  # forked processes often have the same
 def layout_of(maps: bytes, page_size: int, ipc: bytes) -> tuple[list[Pair], list[Vma], Files]:
     """Where a process has anything, its VMAs, joined, and those of each file as they are."""
     vmas = parse_maps(maps, page_size, ipc)
