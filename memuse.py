@@ -204,6 +204,13 @@ def are_strewn(chosen: bytes) -> bool:
     return chosen.count(YES) < len(chosen) // STREWN
 
 
+def chosen_pfns(entries: bytes, chosen: bytes) -> list[int]:
+    """The PFNs in those of the entries that are chosen."""
+    if are_strewn(chosen):  # in half the time
+        return [pfn_at(entries, found.start()) for found in CHOSEN.finditer(chosen)]
+    return list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
+
+
 class Part(NamedTuple):
     """Entries of neighbouring pages, and which of them are meant."""
 
@@ -212,15 +219,9 @@ class Part(NamedTuple):
     entries: bytes  # little-endian
     chosen: bytes  # YES for each that is meant, at least one
 
-    def pfns(self) -> list[int]:
-        """The PFNs of the chosen entries."""
-        if are_strewn(self.chosen):  # in half the time
-            return [pfn_at(self.entries, found.start()) for found in CHOSEN.finditer(self.chosen)]
-        return list(compress(pfns_of(self.entries[: len(self.chosen) * WORD]), self.chosen))
-
     def packed(self) -> Part:
         """The same part; if few pages are chosen, it keeps the entries of these alone."""
-        if self.chosen.count(YES) > len(self.chosen) // PACKED:
+        if len(self.chosen) < PACKED or self.chosen.count(YES) > len(self.chosen) // PACKED:
             return self
         places = (found.start() * WORD for found in CHOSEN.finditer(self.chosen))
         return self._replace(entries=b"".join(self.entries[at : at + WORD] for at in places))
@@ -1186,7 +1187,7 @@ UNMARKED_PART = bytes(1 << 12)  # marks are searched by parts of this size
 MARKED_RUN = re.compile(rb"[^\0]+(?:\0{1,63}[^\0]+)*")  # a longer gap is worth another read
 LANES = 1 << 12  # pages of a Block; with half of them, shared memory takes an eighth longer
 ALL_LANES = int.from_bytes(bytes([YES]) * LANES, "little")
-FEW = 16  # so many pages take less memory one by one than in a Block; so do strewn ones
+FEW = 16  # so many pages make no Block
 MAX_ROWS = 16  # with more rows in a Block, its frames take less time one by one
 MAX_SUM = 255  # a byte of a sum holds so many additions; fewer sums: a sixth less for `many`
 SINGLES = 1 << 6  # PFNs to an array of single frames: with a record each, they take more memory
@@ -1228,6 +1229,11 @@ class Visit:
         self.counts_mappings = by_mapcount and shares_mm_with == NOBODY
         self.seen: dict[int, int] = defaultdict(int)  # how many it has, by who had them last
         self.astray: list[int] = []  # PFNs away from their Blocks
+
+
+def is_worth_a_block(chosen: bytes) -> bool:
+    """Whether these pages take less memory in a Block than one by one."""
+    return chosen.count(YES) > FEW and not are_strewn(chosen)
 
 
 class Block:
@@ -1372,18 +1378,16 @@ class Ledger:
             stop = low - lane + LANES
             high = part.chosen.rfind(YES, low, stop) + 1
             entries, chosen = part.entries[low * WORD : high * WORD], part.chosen[low:high]
-            piece = Part(part.file, part.page + low, entries, chosen)
             place = part.file, group
             block = self.blocks.get(place)
-            many = chosen.count(YES) > FEW and not are_strewn(chosen)
-            if not block and many and place not in self.dissolved:
+            if not block and place not in self.dissolved and is_worth_a_block(chosen):
                 block = self._new_block(place)
             if block:
-                chosen = self._count_in_block(visit, block, lane, piece)
+                chosen = self._count_in_block(visit, block, lane, entries, chosen)
                 if max(len(block.first), len(block.last)) > MAX_ROWS:
                     self._dissolve(place)
             if chosen:
-                self._count_singly(visit, self._pfns(piece._replace(chosen=chosen)))
+                self._count_singly(visit, self._pfns(entries, chosen))
             low = part.chosen.find(YES, stop)
 
     def _new_block(self, place: Place) -> Block:
@@ -1392,15 +1396,17 @@ class Ledger:
         self.marked[mark].append(place)
         return self.blocks[place]
 
-    def _count_in_block(self, visit: Visit, block: Block, lane: int, part: Part) -> bytes:
+    def _count_in_block(
+        self, visit: Visit, block: Block, lane: int, entries: bytes, chosen: bytes
+    ) -> bytes:
         """Count what a Block knows or can know, from a lane on.  Returns what else is chosen."""
         up = 8 * lane
-        planes = [int.from_bytes(part.entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
-        lanes = int.from_bytes(part.chosen, "little") << up
+        planes = [int.from_bytes(entries[i::WORD], "little") << up for i in range(PFN_BYTES)]
+        lanes = int.from_bytes(chosen, "little") << up
         here = block.same(planes, lanes)
         fresh = as_bytes((lanes & block.last.get(NOBODY, 0)) >> up)
         if fresh:
-            pfns, marks = self._pfns(part._replace(chosen=fresh)), self.marks
+            pfns, marks = self._pfns(entries, fresh), self.marks
             if any(items_at(marks, pfns)) or len({*pfns}) < len(pfns):
                 new = bytearray(fresh)
                 for at, pfn in zip(compress(count(), fresh), pfns):
@@ -1420,9 +1426,9 @@ class Ledger:
             block.see(visit, here)
         return as_bytes((lanes ^ here) >> up)
 
-    def _pfns(self, part: Part) -> list[int]:
-        """The PFNs of a part, and room for their marks."""
-        pfns = part.pfns()
+    def _pfns(self, entries: bytes, chosen: bytes) -> list[int]:
+        """The PFNs in the chosen entries, and room for their marks."""
+        pfns = chosen_pfns(entries, chosen)
         make_room(self.marks, pfns)
         return pfns
 
@@ -1713,7 +1719,8 @@ class Census:
     def _sort_of(self, process: Process, part: Part) -> int:
         """The sort of a file, as one of its frames tells and the name that it is first met by."""
         sort = KEPT_IN_CACHE
-        if self.kernel.is_shared_memory(part.unpacked().pfns()[0]):
+        whole = part.unpacked()
+        if self.kernel.is_shared_memory(pfn_at(whole.entries, whole.chosen.find(YES))):
             sort = SHARED_MEMORY
         elif part.file and b" " in part.file:  # it has an inode: it is not [vdso] and such
             name = process.files[part.file][0].name
@@ -1726,14 +1733,18 @@ class Census:
         """In a file's VMA, what seems anonymous is a driver's memory, or copies of the file."""
         marks = self.anon.marks
         for part in parts:
-            chosen = bytearray(part.chosen)
             part = part.unpacked()
-            for at, pfn in zip(compress(count(), part.chosen), part.pfns()):
-                known = pfn < len(marks) and marks[pfn] != UNMARKED
-                if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
-                    chosen[at] = 0
-            if any(chosen):
-                yield part._replace(chosen=bytes(chosen))
+            pfns = chosen_pfns(part.entries, part.chosen)
+            make_room(marks, pfns)
+            known = items_at(marks, pfns)
+            if UNMARKED in known:
+                chosen = bytearray(part.chosen)
+                for at, pfn, mark in zip(compress(count(), part.chosen), pfns, known):
+                    if mark == UNMARKED and not self.kernel.flags_of(pfn) & KPF_ANON:
+                        chosen[at] = 0
+                part = part._replace(chosen=bytes(chosen))
+            if any(part.chosen):
+                yield part
 
     def add_up(self, columns: set[str]) -> None:
         """All rows are counted.  FREED also takes how often the whole machine maps each frame."""
