@@ -949,6 +949,10 @@ class Process:
         self.witness: Pair | None = None  # its first ANON_EXCLUSIVE page, and the PFN
         self.shares_mm_with = NOBODY  # the last row before that shares the address space
 
+    def forget(self) -> None:
+        """Keep only what its row says: the rest is large, and was counted."""
+        self.parts, self.files, self.opened, self.partly_mapped = {}, {}, {}, Counter()
+
     def add(self, vmas: list[Vma], start: int, entries: bytes) -> None:
         """Take in the corrected entries from page `start` on."""
         kinds = entries[FLAGS::WORD].translate(KINDS)
@@ -1696,7 +1700,7 @@ class Census:
         self.partly_mapped = partly_mapped
 
     def count(self, process: Process) -> None:
-        """Count what a process has, and keep none of its parts."""
+        """Count what a process has."""
         whose, parts = (process.row, process.shares_mm_with), process.parts
         anon = chain(parts[ANON_OR_DEVICE], self._without_devices(parts[COPY_OR_DEVICE]))
         self.anon.count(Visit(*whose, by_mapcount=True), anon, process.private)
@@ -1714,7 +1718,6 @@ class Census:
             if swap_type not in self.slots:
                 self.slots[swap_type] = Ledger(self.tree)
             self.slots[swap_type].count(Visit(*whose), [slots])
-        parts.clear()  # before those of the next one are read
 
     def _sort_of(self, process: Process, part: Part) -> int:
         """The sort of a file, as one of its frames tells and the name that it is first met by."""
@@ -1841,6 +1844,7 @@ def survey(
             processes.append(process)
             if census and not process.unread:
                 census.count(process)
+            process.forget()  # before the next one is read
     if census:
         census.add_up(columns)
     results = [merged(process, depths[process.row], census, figures) for process in processes]

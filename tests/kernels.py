@@ -389,9 +389,9 @@ SCENES = (
     "plain lopsided forked generations crowd zero file_twice misnamed shared windows scattered"
     " moved guarded mappings sparse vforked lone_thread zombie huge_zero hugetlb swapped ksm"
     " cousins backends twins twin_siblings twins_huge tmpfs_huge swapped_branches"
-    " shared_filled memfd_windows memfd_open memfd_open_above memfd_private memfd_of_sisters"
-    " memfd_of_twins memfd_of_thread memfd_huge memfd_swapped sysv_removed sysv_kept"
-    " sysv_elsewhere tmpfs_files disk_files mounted mounted_elsewhere"
+    " shared_filled memfd_windows memfd_strewn memfd_open memfd_open_above memfd_private"
+    " memfd_of_sisters memfd_of_twins memfd_of_thread memfd_huge memfd_swapped sysv_removed"
+    " sysv_kept sysv_elsewhere tmpfs_files disk_files mounted mounted_elsewhere"
     " emptied_moved emptied_branches emptied_twins emptied_swapped"
 )
 HUGE_SCENES = "huge huge_misplaced homeless vforked_huge emptied"

@@ -142,6 +142,30 @@ def memfd_windows() -> None:
     fork(lambda: view(file, 4096, 100))
 
 
+def memfd_strewn() -> None:
+    """Memfd with few pages, far apart: taken for another's, or for a file on disk?
+
+    A child has a page before its parent's first one.  In another, a copy comes before any page.
+    """
+
+    def empty() -> int:
+        file = os.memfd_create("scene")
+        os.ftruncate(file, 8000 * PAGE)
+        return file
+
+    memory = view(empty(), 0, 8000)
+    write(memory, range(500, 8000, 300))
+    fork(lambda: write(memory, [100, *range(500, 8000, 300)]))
+
+    def copier() -> None:
+        own = view(empty(), 0, 8000, mmap.MAP_PRIVATE)
+        write(own, [1000])
+        touch(own, [1400, 2000])
+        fork()
+
+    fork(copier)
+
+
 def memfd_open() -> None:
     """Memfd that is open and that nobody maps: lost?
 

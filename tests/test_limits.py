@@ -116,8 +116,8 @@ for page in range(0, SIZE, 2 << 20):
 
 @pytest.mark.parametrize(
     ("scene", "children", "pages"),
-    [(FORK_SCENE, 6, 65536), (SPARSE_SCENE, 1, 16384)],
-    ids=["256 MiB that are shared", "sparse"],
+    [(FORK_SCENE, 6, 65536), (FORK_SCENE, 120, 65536), (SPARSE_SCENE, 1, 16384)],
+    ids=["256 MiB that are shared", "by many", "sparse"],
 )
 def test_64_mib_are_enough(scene: str, children: int, pages: int) -> None:
     """The floor that any counting by page takes, and not one word for each page of each row."""

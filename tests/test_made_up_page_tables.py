@@ -90,6 +90,25 @@ def test_each_kind_of_entry(kind: str, tmp_path: Path) -> None:
     check(machine, about=ABOUT[kind])
 
 
+@pytest.mark.parametrize("kind", ["shared", "file", "swap", "device"])
+def test_pages_that_lie_far_apart(kind: str, tmp_path: Path) -> None:
+    """Their entries are packed, in a file's mapping and elsewhere; a child has those between."""
+    far = [(kind, 1, 0), ("nothing", 200, 0), (kind, 1, 201), ("nothing", 190, 0), (kind, 1, 392)]
+    machine = MadeUp(tmp_path)
+    machine.add([(True, 10, far), (False, 900, far)])
+    machine.add([(True, 10, [(kind, 400, 0)]), (False, 893, [(kind, 400, 0)])], FIRST_PID)
+    machine.add([(True, 10, far), (False, 900, far)], FIRST_PID + 1)
+    check(machine, about="pages far apart: their entries taken for those of others?")
+
+
+def test_a_frame_twice_in_a_part_that_is_new(tmp_path: Path) -> None:
+    """Its second page is met while the first one is entered."""
+    machine = MadeUp(tmp_path)
+    machine.add([(False, 0, [("shared", 40, 0), ("shared", 1, 7), ("shared", 20, 50)])])
+    machine.add([(False, 0, [("shared", 40, 0), ("shared", 1, 7)])], FIRST_PID)
+    check(machine, about="a frame that one process has at two neighbouring pages: counted twice?")
+
+
 @pytest.mark.parametrize(("kib", "pmd_pages"), [(64, 32), (4, 256)])
 def test_the_size_of_huge_pages_is_the_kernels(kib: int, pmd_pages: int, tmp_path: Path) -> None:
     """Not the page size's square over 8: 2 MiB of 64 KiB pages, 1 MiB of 4 KiB pages.

@@ -45,6 +45,7 @@ class Held(NamedTuple):
 HELD = {
     "shared_filled": Held(2900 + 2200),
     "memfd_windows": Held(1700 + 1200),
+    "memfd_strewn": Held(0),
     "memfd_open": Held(1024 + 2048 + 1536),
     "memfd_open_above": Held(1000 + 500),
     "memfd_private": Held(1000 + 1024),
