@@ -2119,7 +2119,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             names = [*default[:-1], *names, default[-1]]  # before the command
     arguments.pids = " ".join(arguments.pids).replace(",", " ").split()  # as pgrep writes them
     if not arguments.pids and not arguments.cgroup:
-        parser.error("no PID given")
+        depth_given = arguments.max_depth != sys.maxsize
+        taken = f": {arguments.max_depth} was taken as N of -d" if depth_given else ""
+        parser.error(f"no PID given{taken}")
     for text in arguments.pids:
         if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
             script = "-f " if re.search("[./]", text) else ""  # else pgrep knows names of programs

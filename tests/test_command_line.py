@@ -55,6 +55,8 @@ def test_a_missing_pid_is_what_is_said_to_be_missing(arguments: str) -> None:
     """As from a pgrep that finds nothing, in quotation marks or without."""
     line = fails(inside(None, *shlex.split(arguments)), status=2)
     assert line == "memuse: no PID given; see memuse --help\n"
+    said = "memuse: no PID given: 1234 was taken as N of -d; see memuse --help\n"
+    assert run_memuse("-d", 1234).stderr == said
 
 
 @pytest.mark.parametrize(
