@@ -172,8 +172,8 @@ SHARED_SWAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ...s .*\n(?:.*\n)*?Swap: +(
 SYSTEM_V = b"/SYSV"  # how names of its segments begin
 ANONYMOUS = (b"[heap]", b"[stack", b"[anon:")  # anonymous mappings that have a name
 AREAS_APART = 256  # pages: reading over a smaller gap is cheaper than another read
-STREWN = 8  # pages are, of which less than one in so many is chosen
-PACKED = 64  # of still fewer, a process keeps no entries in between while it is read
+STREWN = 8  # pages are strewn where less than one in so many is chosen
+PACKED = 64  # where not even one in so many is, no other entries are kept
 CHOSEN = re.compile(bytes([YES]))
 KIB_FIELD = re.compile(rb"^(\w+:)\s+(\d{1,15}) kB$", re.M)
 COMMAND_LIMIT = 1 << 16  # bytes: a process can claim any of its memory to be arguments
@@ -204,10 +204,15 @@ def are_strewn(chosen: bytes) -> bool:
     return chosen.count(YES) < len(chosen) // STREWN
 
 
+def places_of(chosen: bytes) -> list[int]:
+    """Where the chosen ones are; fast if they are few."""
+    return [found.start() for found in CHOSEN.finditer(chosen)]
+
+
 def chosen_pfns(entries: bytes, chosen: bytes) -> list[int]:
     """The PFNs in those of the entries that are chosen."""
     if are_strewn(chosen):  # in half the time
-        return [pfn_at(entries, found.start()) for found in CHOSEN.finditer(chosen)]
+        return [pfn_at(entries, at) for at in places_of(chosen)]
     return list(compress(pfns_of(entries[: len(chosen) * WORD]), chosen))
 
 
@@ -221,19 +226,18 @@ class Part(NamedTuple):
 
     def packed(self) -> Part:
         """The same part; if few pages are chosen, it keeps the entries of these alone."""
-        if len(self.chosen) < PACKED or self.chosen.count(YES) > len(self.chosen) // PACKED:
+        if self.chosen.count(YES) > len(self.chosen) // PACKED:
             return self
-        places = (found.start() * WORD for found in CHOSEN.finditer(self.chosen))
-        return self._replace(entries=b"".join(self.entries[at : at + WORD] for at in places))
+        each = [self.entries[at * WORD : (at + 1) * WORD] for at in places_of(self.chosen)]
+        return self._replace(entries=b"".join(each))
 
     def unpacked(self) -> Part:
         """The part as it was, with zeros for the entries of others."""
         if len(self.entries) >= len(self.chosen) * WORD:
             return self
         entries = bytearray(len(self.chosen) * WORD)
-        for i, found in enumerate(CHOSEN.finditer(self.chosen)):
-            at = found.start() * WORD
-            entries[at : at + WORD] = self.entries[i * WORD : (i + 1) * WORD]
+        for i, at in enumerate(places_of(self.chosen)):
+            entries[at * WORD : (at + 1) * WORD] = self.entries[i * WORD : (i + 1) * WORD]
         return self._replace(entries=bytes(entries))
 
 
@@ -941,7 +945,7 @@ class Process:
         self.cells: Cells = {"pid": node.pid, "ppid": node.stat.ppid}
         self.unread = ""  # why it could not be read
         self.private = 0  # how many frames are ANON_EXCLUSIVE
-        self.parts: dict[int, list[Part]] = defaultdict(list)  # packed, of what others may have
+        self.parts: dict[int, list[Part]] = defaultdict(list)  # by kind; what others may have
         self.partly_mapped = Counter[Pair]()  # pages it maps of each such huge page
         self.files: Files = {}
         self.opened: dict[bytes, str] = {}  # files of memory that it has open, with their links
