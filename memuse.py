@@ -1741,17 +1741,14 @@ class Census:
         marks = self.anon.marks
         for part in parts:
             part = part.unpacked()
-            pfns = chosen_pfns(part.entries, part.chosen)
-            make_room(marks, pfns)
-            known = items_at(marks, pfns)
-            if UNMARKED in known:
-                chosen = bytearray(part.chosen)
-                for at, pfn, mark in zip(compress(count(), part.chosen), pfns, known):
-                    if mark == UNMARKED and not self.kernel.flags_of(pfn) & KPF_ANON:
-                        chosen[at] = 0
-                part = part._replace(chosen=bytes(chosen))
-            if any(part.chosen):
-                yield part
+            pfns, chosen = chosen_pfns(part.entries, part.chosen), bytearray(part.chosen)
+            for at, pfn in zip(compress(count(), part.chosen), pfns):
+                # No room is made: a driver's memory can lie far above all other.
+                known = pfn < len(marks) and marks[pfn] != UNMARKED
+                if not known and not self.kernel.flags_of(pfn) & KPF_ANON:
+                    chosen[at] = 0
+            if any(chosen):
+                yield part._replace(chosen=bytes(chosen))
 
     def add_up(self, columns: set[str]) -> None:
         """All rows are counted.  FREED also takes how often the whole machine maps each frame."""

@@ -23,6 +23,7 @@ ANON, HEAD, TAIL, NOPAGE, THP, ZERO_PAGE = (1 << bit for bit in (12, 15, 16, 20,
 ZERO, HUGE_ZERO, DEVICE, SHARED, FILES, HUGE_FRAMES, HUGE_FILES, FOLIOS, OWN = (
     0x3001, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x60000, 0x70000, 0x80000,
 )  # fmt: skip
+HIGH_DEVICE = 1 << 34  # at 64 TiB
 POOL, HUGE_POOL = 0x1000, 8  # so many of them; so many huge pages
 FOLIO = 16  # pages of a multi-size huge page
 FIRST_PID = 5_000_001  # beyond PID_MAX_LIMIT: certainly nobody
@@ -198,6 +199,8 @@ class MadeUp(memuse.Machine):
             entries = [0 if pfn in self.of_folios else PRESENT | pfn for pfn in of_folios]
             self.of_folios.update(of_folios)
             return entries
+        if kind == "high_device":
+            return [PRESENT | HIGH_DEVICE + p for p in pages]
         if kind == "zero":
             return [PRESENT | ZERO] * length
         if kind == "device" and file:  # only drivers' files map any
@@ -282,7 +285,7 @@ def add_entry(memory: reference.Memory, entry: int) -> None:
     """Take in what an entry stands for."""
     pfn = entry & (1 << 55) - 1
     if entry & PRESENT:
-        if pfn >= SHARED:  # neither of the zero pages, nor a device's
+        if SHARED <= pfn < HIGH_DEVICE:  # neither of the zero pages, nor a device's
             of_file = entry & OF_FILE or HUGE_FILES <= pfn < FOLIOS
             (memory.file if of_file else memory.anon).add(pfn)
             memory.mappings.append(pfn)

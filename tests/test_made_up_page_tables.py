@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -99,6 +100,20 @@ def test_pages_that_lie_far_apart(kind: str, tmp_path: Path) -> None:
     machine.add([(True, 10, [(kind, 400, 0)]), (False, 893, [(kind, 400, 0)])], FIRST_PID)
     machine.add([(True, 10, far), (False, 900, far)], FIRST_PID + 1)
     check(machine, about="pages far apart: their entries taken for those of others?")
+
+
+def test_a_drivers_memory_far_above_all_other_takes_no_address_space(tmp_path: Path) -> None:
+    """Nor a look at all that is below it: only frames that are counted have marks."""
+    machine = MadeUp(tmp_path, pmd_pages=0)
+    machine.add([(True, 0, [("high_device", 40, 0), ("shared", 20, 0)])])
+    machine.add([(True, 0, [("high_device", 40, 0), ("shared", 20, 0)])], FIRST_PID)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), limits[1]))
+    try:
+        check(machine, about="a driver's memory at 64 TiB counted?")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_a_frame_twice_in_a_part_that_is_new(tmp_path: Path) -> None:
