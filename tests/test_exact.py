@@ -188,9 +188,12 @@ def test_scene(name: str, scene: Build, request: pytest.FixtureRequest) -> None:
     trap = TRAPS[name]
     for fixture in filter(None, trap.setting.split(",")):
         request.getfixturevalue(fixture)
-    report = compare_parts(name, scene(name))
-    assert report["total"]["frames"] >= trap.frames
-    assert trap.proof(report)
+    for _ in range(3):  # the kernel may have had no huge page for it, or have split it since
+        report = compare_parts(name, scene(name))
+        assert report["total"]["frames"] >= trap.frames
+        if trap.proof(report):
+            return
+    pytest.fail(f"scene {name}: the trap that it is for was not there in three trees")
 
 
 @pytest.mark.parametrize("kib", [16, 64, 1024])
